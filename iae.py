@@ -1,0 +1,403 @@
+"""Implicit autoencoders (IAE): the networks, the losses and the model of Section 2 and Appendix D.
+
+    encoder                        z_hat = f(x, eps)     q(z|x), an implicit variational posterior     Encoder
+    decoder                        x_hat = g(z_hat, n)   p(x|z), an implicit conditional likelihood    Decoder
+    reconstruction discriminator   D(x, z)               (x, z_hat) is real, (x_hat, z_hat) is fake    JointDiscriminator
+    regularization discriminator   D(z)                  z ~ p(z) is real, z_hat is fake               CodeDiscriminator
+
+The discriminators and the autoencoder take turns (Section 2, "Training Process"):
+
+    1. both discriminators descend `discriminator_loss` (Eq. 1); what comes from encoder and decoder is detached;
+    2. encoder and decoder descend `generator_loss` (T = -log D, Eq. 9-10) through the *negative* pair (x_hat, z_hat),
+       in which z_hat moves in both places; the positive pair (x, z_hat) is a constant (footnote 1). The loss of the
+       regularization GAN moves the encoder alone.
+
+Shapes are (batch, channels, height, width). Images are in the range of the decoder's last layer: [0, 1] for the
+MNIST layout (sigmoid), [-1, 1] for the others (tanh); `to_range` and `to_uint8` convert, and nothing else does.
+This file needs torch alone: copy it, or any piece of it.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Appendix D.2: the convolutions of encoder and discriminator (the decoder mirrors them), kernel size and fully
+# connected width. "SAME" padding at stride 2 is (kernel - 2) / 2 on each side, for both directions.
+#            channels of the convolutions, kernel, hidden FC, last nonlinearity, its range
+LAYOUTS = {
+    "mnist": dict(channels=(64, 128), kernel=4, hidden=1024, last=nn.Sigmoid, low=0.0, high=1.0),
+    "svhn": dict(channels=(64, 128, 256), kernel=4, hidden=None, last=nn.Tanh, low=-1.0, high=1.0),
+    "celeba": dict(channels=(128, 256, 512), kernel=6, hidden=None, last=nn.Tanh, low=-1.0, high=1.0),
+}
+
+
+def layout_of(shape: tuple[int, int, int]) -> dict:
+    """Appendix D.2's column for images of `shape` = (channels, height, width).
+
+    28x28 takes MNIST's, 48x48 CelebA's, any other multiple of 8 SVHN's. Raises ValueError where none fits.
+    """
+    channels, height, width = shape
+    if channels not in (1, 3):
+        raise ValueError(f"images with {channels} channels: use 1 (grey) or 3 (colour)")
+    if (height, width) == (28, 28):
+        return LAYOUTS["mnist"]
+    if (height, width) == (48, 48):
+        return LAYOUTS["celeba"]
+    if height > 0 and width > 0 and height % 8 == 0 and width % 8 == 0:
+        return LAYOUTS["svhn"]
+    raise ValueError(f"images of {height}x{width}: no layout fits; use 28x28 or sides that are multiples of 8")
+
+
+def to_range(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """uint8 images to float32 in the network's range: [0, 1] for MNIST's layout (sigmoid), [-1, 1] else (tanh)."""
+    layout = layout_of(shape)
+    return images.float() * ((layout["high"] - layout["low"]) / 255) + layout["low"]
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """The inverse of `to_range` for images (batch, channels, height, width), rounded and clamped."""
+    layout = layout_of(tuple(x.shape[1:]))
+    x = (x.float() - layout["low"]) / (layout["high"] - layout["low"])
+    return (x * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def conv(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
+    """Halves the sides exactly: stride 2 with SAME padding (Appendix D.2)."""
+    return nn.Conv2d(inputs, outputs, kernel, stride=2, padding=(kernel - 2) // 2)
+
+
+def upconv(inputs: int, outputs: int, kernel: int) -> nn.ConvTranspose2d:
+    """Doubles the sides exactly: stride 2 with SAME padding (Appendix D.2)."""
+    return nn.ConvTranspose2d(inputs, outputs, kernel, stride=2, padding=(kernel - 2) // 2)
+
+
+class Encoder(nn.Module):
+    """z_hat = f(x, eps), Appendix D.2's first column. q(z|x) is implicit: its sample is the output itself.
+
+    x (batch, *shape) in the network's range, eps (batch, noise_size) or None where noise_size is 0.
+    Returns z_hat (batch, code_size): for a Gaussian prior the output of a BatchNorm without scale, for a
+    categorical prior a point of the softmax simplex (Section 2.1.2).
+    """
+
+    def __init__(self, shape: tuple[int, int, int], code_size: int, noise_size: int = 0, prior: str = "gaussian"):
+        super().__init__()
+        layout, (channels, height, width) = layout_of(shape), shape
+        features, size = [], channels * height * width
+        if layout is not LAYOUTS["mnist"]:
+            for outputs in layout["channels"]:
+                features += [conv(channels, outputs, layout["kernel"]), nn.BatchNorm2d(outputs), nn.ReLU()]
+                channels, height, width = outputs, height // 2, width // 2
+            size = channels * height * width
+        self.features = nn.Sequential(*features, nn.Flatten())
+        size += noise_size  # eps joins the flattened features before the first fully connected layer
+        head = []
+        if layout is LAYOUTS["mnist"]:
+            head = [nn.Linear(size, 2000), nn.ReLU(), nn.Linear(2000, 2000), nn.ReLU()]
+            size = 2000
+        head.append(nn.Linear(size, code_size))
+        # "FC Linear. BN": without scale it pins each code's mean and variance to the prior's. Not before a softmax,
+        # where it would cap the confidence (.76 for 10 codes).
+        head.append(nn.BatchNorm1d(code_size, affine=False) if prior == "gaussian" else nn.Softmax(dim=1))
+        self.head = nn.Sequential(*head)
+
+    def forward(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
+        h = self.features(x)  # (batch, size)
+        return self.head(h if eps is None else torch.cat([h, eps], dim=1))  # (batch, code_size)
+
+
+class Decoder(nn.Module):
+    """x_hat = g(z, n), Appendix D.2's second column. p(x|z) is implicit: its sample is the output itself.
+
+    z (batch, code_size) and n (batch, local_size), either of them None where its size is 0.
+    Returns x_hat (batch, *shape) in the network's range.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], code_size: int, local_size: int):
+        super().__init__()
+        layout, (channels, height, width) = layout_of(shape), shape
+        widths = layout["channels"][::-1]
+        scale = 2 ** len(widths)
+        self.start = (height // scale, width // scale, widths[0])
+        size, first = code_size + local_size, []
+        if layout["hidden"]:
+            first = [nn.Linear(size, layout["hidden"]), nn.BatchNorm1d(layout["hidden"]), nn.ReLU()]
+            size = layout["hidden"]
+        self.fc = nn.Sequential(*first, nn.Linear(size, math.prod(self.start)))
+        layers = [nn.BatchNorm2d(widths[0]), nn.ReLU()]
+        for inputs, outputs in zip(widths, widths[1:]):
+            layers += [upconv(inputs, outputs, layout["kernel"]), nn.BatchNorm2d(outputs), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, upconv(widths[-1], channels, layout["kernel"]), layout["last"]())
+
+    def forward(self, z: Tensor | None, n: Tensor | None = None) -> Tensor:
+        h = self.fc(torch.cat([part for part in (z, n) if part is not None], dim=1))  # (batch, height * width * channels)
+        # As (height, width, channels) the features are born in the memory layout that convolutions are fastest in.
+        h = h.unflatten(1, self.start).permute(0, 3, 1, 2)  # (batch, channels, height, width)
+        return self.layers(h)
+
+
+class LocationDependent(nn.Module):
+    """Location-dependent conditioning (Appendix D.1): 1000 ReLU units to one map, the same for every channel."""
+
+    def __init__(self, code_size: int, channels: int, height: int, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(code_size, 1000), nn.ReLU(), nn.Linear(1000, height * width),
+                                    nn.Unflatten(1, (1, height, width)))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(z)  # (batch, 1, height, width), broadcast over the channels
+
+
+class LocationInvariant(nn.Module):
+    """Location-invariant conditioning (Appendix D.1): a linear map to one bias a channel, the same everywhere."""
+
+    def __init__(self, code_size: int, channels: int, height: int, width: int):
+        super().__init__()
+        self.linear = nn.Linear(code_size, channels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.linear(z)[:, :, None, None]  # (batch, channels, 1, 1), broadcast over height and width
+
+
+class JointDiscriminator(nn.Module):
+    """The reconstruction GAN's D(x, z), Appendix D.2's third column; with code_size 0 the D(x) of a plain GAN.
+
+    x (batch, *shape), z (batch, code_size) or None. Returns logits (batch,): log D / (1 - D), large where real.
+    The code is an adaptive bias of the first layer (D.1), added before its BatchNorm and ReLU.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], code_size: int, conditioning: str = "dependent",
+                 batch_norm: bool = True):
+        super().__init__()
+        layout, (channels, height, width) = layout_of(shape), shape
+        widths, kernel = layout["channels"], layout["kernel"]
+        self.first = conv(channels, widths[0], kernel)
+        height, width = height // 2, width // 2
+        condition = {"dependent": LocationDependent, "invariant": LocationInvariant}[conditioning]
+        self.condition = condition(code_size, widths[0], height, width) if code_size else None
+        norm2d, norm1d = (nn.BatchNorm2d, nn.BatchNorm1d) if batch_norm else (nn.Identity, nn.Identity)
+        layers = [norm2d(widths[0]), nn.ReLU()]
+        for inputs, outputs in zip(widths, widths[1:]):
+            layers += [conv(inputs, outputs, kernel), norm2d(outputs), nn.ReLU()]
+            height, width = height // 2, width // 2
+        self.layers = nn.Sequential(*layers)
+        size, hidden = widths[-1] * height * width, layout["hidden"]
+        last = [nn.Linear(size, hidden), norm1d(hidden), nn.ReLU(), nn.Linear(hidden, 1)] if hidden else [nn.Linear(size, 1)]
+        self.fc = nn.Sequential(*last)
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        h = self.first(x)  # (batch, channels, height / 2, width / 2)
+        if self.condition is not None:
+            h = h + self.condition(z)
+        h = self.layers(h).permute(0, 2, 3, 1).flatten(1)  # channels last, the layout of the memory: no copy
+        return self.fc(h).squeeze(1).float()  # (batch,)
+
+
+class CodeDiscriminator(nn.Module):
+    """The regularization GAN's D(z): two layers of 2000 ReLU units (Appendix D.2).
+
+    z (batch, code_size). Returns logits (batch,).
+    """
+
+    def __init__(self, code_size: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(code_size, 2000), nn.ReLU(), nn.Linear(2000, 2000), nn.ReLU(),
+                                    nn.Linear(2000, 1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(z).squeeze(1).float()  # (batch,)
+
+
+def sample_prior(prior: str, *size: int, device: torch.device | str | None = None) -> Tensor:
+    """z ~ p(z), shape `size` = (..., code_size): N(0, I), or one-hot vectors of equally likely categories."""
+    if prior == "gaussian":
+        return torch.randn(size, device=device)
+    return F.one_hot(torch.randint(size[-1], size[:-1], device=device), size[-1]).float()
+
+
+def discriminator_loss(real: Tensor, fake: Tensor, objective: str = "gan") -> Tensor:
+    """What a discriminator descends, from the logits of real and of fake examples, both (..., batch).
+
+    gan     -log D(real) - log(1 - D(fake)), the negative of Eq. 1; at its least 2 ln 2 - 2 JSD
+    paired  -log sigmoid(real - fake): the relativistic form; row i of both shares its z_hat, and what they share cancels
+    kl      the f-GAN bound on KL(real || fake), Section 2's remark on Nowozin et al. 2016: exp(T - 1) - T, T the logit
+    """
+    if objective == "gan":
+        return F.softplus(-real).mean() + F.softplus(fake).mean()
+    if objective == "paired":
+        return F.softplus(fake - real).mean()
+    if objective == "kl":
+        return (fake - 1).exp().mean() - real.mean()
+    raise ValueError(f"objective {objective!r}: use gan, paired or kl")
+
+
+def generator_loss(real: Tensor | None, fake: Tensor, objective: str = "gan") -> Tensor:
+    """What the generating networks descend, from the logits of real and of fake examples, both (..., batch).
+
+    gan     -log D(fake), the cost T of Eq. 9 (the non-saturating form)
+    paired  -log sigmoid(fake - real)
+    kl      -T(fake), the non-saturating form of the f-GAN bound
+
+    `real` may be None (not for `paired`); where it carries a gradient, as in footnote 1's variant, the real examples
+    are pushed towards "fake" as well. Footnote 1 keeps them constant.
+    """
+    if objective == "paired":
+        return F.softplus(real - fake).mean()
+    if objective == "gan":
+        loss = F.softplus(-fake).mean()
+        return loss + F.softplus(real).mean() if real is not None else loss
+    if objective == "kl":
+        return real.mean() - fake.mean() if real is not None else -fake.mean()
+    raise ValueError(f"objective {objective!r}: use gan, paired or kl")
+
+
+def discriminate(discriminator: nn.Module, real: tuple, fake: tuple, objective: str = "gan",
+                 penalty: float = 0.0) -> Tensor:
+    """What `discriminator` descends: `discriminator_loss` and (penalty / 2) (R1 + R2), E |dD/dinputs|^2 on both sides.
+
+    real, fake: tuples of the discriminator's inputs, (..., batch, *features) or None; constants here, whoever made them.
+    """
+    real = [part if part is None else part.detach().requires_grad_(penalty > 0) for part in real]
+    fake = [part if part is None else part.detach().requires_grad_(penalty > 0) for part in fake]
+    real_logits, fake_logits = discriminator(*real), discriminator(*fake)
+    loss = discriminator_loss(real_logits, fake_logits, objective)
+    for logits, inputs in ((real_logits, real), (fake_logits, fake)) if penalty else ():
+        inputs = [part for part in inputs if part is not None]
+        gradients = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
+        squares = sum(g.float().pow(2).flatten(logits.dim()).sum(-1) for g in gradients)  # (..., batch)
+        loss = loss + penalty / 2 * squares.mean()
+    return loss
+
+
+class IAE(nn.Module):
+    """The implicit autoencoder of Section 2: four networks, what each of them descends, and how to sample.
+
+    The networks are any modules with the signatures of those above (`IAE.for_images` makes Appendix D.2's).
+    encoder None (global size 0) is a plain GAN; reconstruction_discriminator None replaces the reconstruction
+    GAN by the Euclidean cost (with regularization: the AAE); regularization_discriminator None drops KL(q(z) || p(z)).
+
+    Section 2's cases: 1 local_size 0 without regularization, 2 local_size 0, 3 without regularization, 4 as it is.
+    """
+
+    def __init__(self, encoder: nn.Module | None, decoder: nn.Module, reconstruction_discriminator: nn.Module | None,
+                 regularization_discriminator: nn.Module | None, *, shape: tuple[int, ...], global_size: int, local_size: int,
+                 noise_size: int = 0, prior: str = "gaussian", objective: str = "gan", penalty: float = 0.0,
+                 positive_gradient: bool = False, regularization_weight: float = 1.0):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.reconstruction_discriminator = reconstruction_discriminator
+        self.regularization_discriminator = regularization_discriminator
+        self.shape = tuple(shape)
+        self.global_size, self.local_size, self.noise_size, self.prior = global_size, local_size, noise_size, prior
+        self.objective, self.penalty, self.positive_gradient = objective, penalty, positive_gradient
+        self.regularization_weight = regularization_weight
+        self.register_buffer("fitted_mean", torch.zeros(global_size))  # of `fit_gaussian`
+        self.register_buffer("fitted_factor", torch.eye(global_size))
+
+    @classmethod
+    def for_images(cls, shape: tuple[int, int, int], global_size: int, local_size: int, noise_size: int = 0,
+                   prior: str = "gaussian", conditioning: str | None = None, batch_norm: bool = True,
+                   euclidean: bool = False, regularization: bool = True, **options) -> "IAE":
+        """The model with Appendix D.2's networks for images of `shape`; `options` are the constructor's.
+
+        conditioning defaults to D.1's choice: location-dependent for a Gaussian code, -invariant for a categorical.
+        """
+        if min(global_size, local_size, noise_size) < 0 or global_size + local_size == 0:
+            raise ValueError("code sizes: none may be negative, and global and local cannot both be 0")
+        conditioning = conditioning or ("dependent" if prior == "gaussian" else "invariant")
+        encoder = Encoder(shape, global_size, noise_size, prior) if global_size else None
+        joint = None if euclidean else JointDiscriminator(shape, global_size, conditioning, batch_norm)
+        code = CodeDiscriminator(global_size) if regularization and global_size else None
+        return cls(encoder, Decoder(shape, global_size, local_size), joint, code, shape=shape, global_size=global_size,
+                   local_size=local_size, noise_size=noise_size, prior=prior, **options)
+
+    def encode(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
+        """A sample z_hat ~ q(z|x), (batch, global_size), of images x in the network's range; None for a plain GAN.
+
+        eps (batch, noise_size) is drawn from N(0, I) where it is not given.
+        """
+        if self.encoder is None:
+            return None
+        if eps is None and self.noise_size:
+            eps = torch.randn(*x.shape[:x.dim() - len(self.shape)], self.noise_size, device=x.device)
+        return self.encoder(x, eps).float()
+
+    def decode(self, z: Tensor | None, n: Tensor | None = None) -> Tensor:
+        """A sample x_hat ~ p(x|z), (batch, *shape) in the network's range, from codes z (batch, global_size).
+
+        n (batch, local_size) is drawn from N(0, I) where it is not given; a plain GAN has z None and needs n.
+        """
+        if n is None and self.local_size:
+            n = torch.randn(*z.shape[:-1], self.local_size, device=z.device)
+        return self.decoder(z, n).float()
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """x_hat ~ r(x) by way of q(z|x) and p(x|z): deterministic where both noise sizes are 0, else one draw.
+
+        With x from the data it is also how to sample in cases 1 and 3, where q(z) is the learned prior.
+        """
+        return self.forward(x)[1]
+
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """(z_hat, x_hat) for images x (Figure 1); z_hat is None for a plain GAN."""
+        z_hat = self.encode(x)
+        n = torch.randn(*x.shape[:x.dim() - len(self.shape)], self.local_size, device=x.device) if self.local_size else None
+        return z_hat, self.decode(z_hat, n)
+
+    def sample_codes(self, *batch: int, fitted: bool = False) -> Tensor | None:
+        """z ~ p(z), (*batch, global_size); with `fitted` from the Gaussian that `fit_gaussian` fitted to q(z)."""
+        if self.encoder is None:
+            return None
+        z = sample_prior("gaussian" if fitted else self.prior, *batch, self.global_size, device=self.fitted_mean.device)
+        return self.fitted_mean + z @ self.fitted_factor.T if fitted else z
+
+    def sample(self, count: int, fitted: bool = False) -> Tensor:
+        """x ~ p(x): `count` images from codes of the prior (cases 2, 4), or of the Gaussian fitted to q(z) (case 3)."""
+        n = torch.randn(count, self.local_size, device=self.fitted_mean.device) if self.local_size else None
+        return self.decode(self.sample_codes(count, fitted=fitted), n)
+
+    def fit_gaussian(self, z: Tensor) -> None:
+        """Fit N(mean, covariance) to codes z (count, global_size) of the data: case 3's prior "once the training is complete"."""
+        z = z.double()
+        covariance = torch.cov(z.T).reshape(self.global_size, self.global_size)
+        values, vectors = torch.linalg.eigh(covariance)  # a square root that exists where a code dimension is constant
+        self.fitted_mean.copy_(z.mean(0))
+        self.fitted_factor.copy_(vectors * values.clamp(min=0).sqrt())
+
+    def discriminator_losses(self, x: Tensor, z_hat: Tensor | None, x_hat: Tensor) -> dict[str, Tensor]:
+        """What the two discriminators descend, for data x and the model's (z_hat, x_hat): all constants here."""
+        losses = {}
+        if self.reconstruction_discriminator is not None:
+            losses["reconstruction_discriminator"] = discriminate(
+                self.reconstruction_discriminator, real=(x, z_hat), fake=(x_hat, z_hat),
+                objective=self.objective, penalty=self.penalty)
+        if self.regularization_discriminator is not None:
+            # z and z_hat share nothing row by row, so "paired" has no meaning here: Eq. 1 takes its place.
+            losses["regularization_discriminator"] = discriminate(
+                self.regularization_discriminator, real=(self.sample_codes(*z_hat.shape[:-1]),), fake=(z_hat,),
+                objective="gan" if self.objective == "paired" else self.objective, penalty=self.penalty)
+        return losses
+
+    def autoencoder_losses(self, x: Tensor, z_hat: Tensor | None, x_hat: Tensor) -> dict[str, Tensor]:
+        """What encoder and decoder descend (Eq. 9-10), for data x and (z_hat, x_hat) with their gradients.
+
+        The reconstruction loss reaches the decoder through x_hat, and the encoder through x_hat and through z_hat,
+        but not through the z_hat of the positive pair. The regularization loss reaches the encoder alone.
+        """
+        losses = {}
+        if self.reconstruction_discriminator is None:  # -log p(x|z) of a unit Gaussian, as in the AAE
+            losses["reconstruction"] = 0.5 * (x - x_hat).pow(2).flatten(1).sum(1).mean()
+        else:
+            fake, real = self.reconstruction_discriminator(x_hat, z_hat), None
+            if self.positive_gradient:
+                real = self.reconstruction_discriminator(x, z_hat)
+            elif self.objective == "paired":
+                with torch.no_grad():
+                    real = self.reconstruction_discriminator(x, z_hat)
+            losses["reconstruction"] = generator_loss(real, fake, self.objective)
+        if self.regularization_discriminator is not None:
+            objective = "gan" if self.objective == "paired" else self.objective
+            fake = self.regularization_discriminator(z_hat)
+            losses["regularization"] = self.regularization_weight * generator_loss(None, fake, objective)
+        return losses

@@ -1,0 +1,626 @@
+"""Train an implicit autoencoder on images, look at it, and measure it.
+
+    python train.py --dataset mnist --global 10 --local 100      Figure 2c: the digit in z, its style in n
+    python train.py --resume runs/mnist-10-100-0                 go on where a run was cut off
+    python train.py --from runs/mnist-10-100-0 --sample 100      a sheet of samples from a trained model
+
+The algorithm is `train`; around it stand the settings, the folder of a run, and the pictures.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+
+import matplotlib
+
+matplotlib.use("Agg")  # figures are files: no screen is needed
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
+
+from data import InputError, batch_indices, load_dataset
+from iae import IAE, to_range, to_uint8
+from metrics import draw, evaluate, fixed_classifier
+
+# Each recipe holds what the paper leaves open. "paper": the original GAN losses (Eq. 1), BatchNorm in the
+# discriminators as in Appendix D.2, InfoGAN's optimizer settings. "stable": what measures better (README, "Recipes").
+RECIPES = {
+    "paper": dict(
+        objective="gan",  # Eq. 1, non-saturating
+        penalty=0.0,  # no gradient penalty
+        batch_norm=True,  # in the reconstruction discriminator
+        learning_rate=1e-3,  # encoder and decoder
+        discriminator_learning_rate=2e-4,  # both discriminators
+        decay=0.0,  # the share of training, at its end, over which both rates fall linearly to zero
+        averaging=0.999,  # decay of the averaged weights, which are what is evaluated and saved for use
+    ),
+    "stable": dict(
+        objective="paired",
+        penalty=0.0,
+        batch_norm=True,
+        learning_rate=1e-3,
+        discriminator_learning_rate=2e-4,
+        decay=0.5,
+        averaging=0.999,
+    ),
+}
+BETAS = (0.5, 0.99)  # of Adam; beta1 is InfoGAN's
+PROJECT, FORMAT = "implicit-autoencoders", 1  # what a checkpoint says it is
+
+
+def build_model(settings: dict) -> IAE:
+    """The untrained model that `settings` (a run's config.json) describe."""
+    return IAE.for_images(
+        tuple(settings["shape"]), settings["global"], settings["local"], settings["noise"], settings["prior"],
+        settings["conditioning"], batch_norm=settings["batch_norm"], euclidean=settings["euclidean"],
+        regularization=settings["regularization"], objective=settings["objective"], penalty=settings["penalty"],
+        positive_gradient=settings["positive_gradient"], regularization_weight=settings["regularization_weight"])
+
+
+class Run:
+    """What training moves, and so what a checkpoint holds: the two players, their optimizers, the average, the step."""
+
+    def __init__(self, settings: dict):
+        self.settings, self.step, self.seconds = settings, 0, 0.0
+        self.device = torch.device(settings["device"])
+        torch.manual_seed(settings["seed"])
+        self.model = build_model(settings).to(self.device, memory_format=torch.channels_last)
+        # The average of the weights over steps is what is evaluated, drawn and loaded for use.
+        self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.averaged.reconstruction_discriminator = self.averaged.regularization_discriminator = None
+        names = dict(self.model.named_parameters())
+        self.discriminators = [p for name, p in names.items() if "discriminator" in name]
+        self.autoencoder = [p for name, p in names.items() if "discriminator" not in name]
+        # The Euclidean baseline without regularization has no discriminator, and an optimizer wants a tensor.
+        self.discriminator_optimizer = torch.optim.Adam(
+            self.discriminators or [torch.zeros(1)], settings["discriminator_learning_rate"], BETAS, fused=True)
+        self.autoencoder_optimizer = torch.optim.Adam(
+            self.autoencoder, settings["learning_rate"], BETAS, fused=True)
+
+    def state_dict(self) -> dict:
+        """Tensors and plain Python only, which `torch.load(weights_only=True)` reads without running code."""
+        return {
+            "project": PROJECT, "format": FORMAT, "settings": self.settings, "step": self.step,
+            "seconds": self.seconds, "model": self.model.state_dict(), "averaged": self.averaged.state_dict(),
+            "autoencoder_optimizer": self.autoencoder_optimizer.state_dict(),
+            "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
+            "random_state": torch.get_rng_state(),
+            "cuda_random_state": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up where `state` was saved; together with `batch_indices` this is all a bit-exact resume needs."""
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.model.load_state_dict(state["model"])
+        self.averaged.load_state_dict(state["averaged"])
+        self.autoencoder_optimizer.load_state_dict(state["autoencoder_optimizer"])
+        self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+        torch.set_rng_state(state["random_state"].cpu())
+        if self.device.type == "cuda" and state["cuda_random_state"] is not None:
+            torch.cuda.set_rng_state(state["cuda_random_state"].cpu())
+
+
+def train_step(run: Run, x: torch.Tensor) -> dict:
+    """Section 2's "Training Process" on images x (batch, *shape): the discriminators learn, then the autoencoder.
+
+    Returns the losses as tensors on the device (reading them is what would wait for it).
+    """
+    model, settings = run.model, run.settings
+    left = 1 - run.step / settings["steps"]  # of training, 1 to 0
+    falling = min(1.0, left / settings["decay"]) if settings["decay"] else 1.0
+    run.discriminator_optimizer.param_groups[0]["lr"] = falling * settings["discriminator_learning_rate"]
+    run.autoencoder_optimizer.param_groups[0]["lr"] = falling * settings["learning_rate"]
+    precision = torch.autocast(run.device.type, torch.bfloat16, enabled=settings["precision"] == "bf16")
+    with precision:
+        z_hat, x_hat = model(x)  # z_hat ~ q(z|x), x_hat ~ p(x|z_hat): one pass serves both players
+
+    # 1. The discriminators descend Eq. 1: (x, z_hat) is real, (x_hat, z_hat) fake; z ~ p(z) is real, z_hat fake.
+    with precision:
+        losses = model.discriminator_losses(x, z_hat, x_hat)
+    if losses:
+        run.discriminator_optimizer.zero_grad()
+        sum(losses.values()).backward()
+        run.discriminator_optimizer.step()
+
+    # 2. Encoder and decoder descend T = -log D of the negative pair (Eq. 9-10), and the encoder the cost of
+    #    KL(q(z) || p(z)). The discriminators only judge here: their weights need no gradient.
+    for parameter in run.discriminators:
+        parameter.requires_grad_(False)
+    with precision:
+        generative = model.autoencoder_losses(x, z_hat, x_hat)
+    run.autoencoder_optimizer.zero_grad()
+    sum(generative.values()).backward()
+    run.autoencoder_optimizer.step()
+    for parameter in run.discriminators:
+        parameter.requires_grad_(True)
+
+    run.step += 1
+    decay = min(settings["averaging"], run.step / (run.step + 10))  # short at first, so that the first weights are forgotten
+    get_ema_multi_avg_fn(decay)(list(run.averaged.parameters()), run.autoencoder, run.step)
+    return {name: loss.detach() for name, loss in (losses | generative).items()}
+
+
+def refresh_average(run: Run, x: torch.Tensor) -> IAE:
+    """The averaged model, ready for use: its BatchNorm statistics are measured anew on uint8 images x of the data."""
+    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        update_bn((to_range(part, run.averaged.shape) for part in x[:4000].split(500)), run.averaged)
+        run.averaged.eval()
+        if run.averaged.encoder is not None and run.settings["prior"] == "gaussian":
+            with torch.no_grad():
+                codes = [run.averaged.encode(to_range(part, run.averaged.shape)) for part in x[:10000].split(500)]
+            run.averaged.fit_gaussian(torch.cat(codes))
+    return run.averaged
+
+
+# ---------------------------------------------------------------------------------------------------- a run's folder
+
+
+def write(path: str, save) -> None:
+    """`save(temporary path)`, then move it into place: a kill at any moment leaves the previous file whole."""
+    try:
+        save(path + ".part")
+        os.replace(path + ".part", path)
+    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+        if os.path.exists(path + ".part"):
+            os.remove(path + ".part")
+        raise InputError(f"cannot write {path}: {error}; free space or choose another folder with --out") from None
+
+
+def write_json(path: str, content: dict) -> None:
+    def save(part):
+        with open(part, "w") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+
+    write(path, save)
+
+
+def read_checkpoint(path: str) -> dict:
+    """The state that `Run.state_dict` wrote, from a checkpoint or a run's folder; no code of the file is run.
+
+    Raises InputError where the file is missing, damaged, of another project or of another format.
+    """
+    if os.path.isdir(path):
+        path = os.path.join(path, "checkpoint.pt")
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such checkpoint; name a run's folder or its checkpoint.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail in any of torch's, pickle's and zipfile's ways
+        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); use another copy") from None
+    if not isinstance(state, dict) or state.get("project") != PROJECT:
+        raise InputError(f"{path}: not a checkpoint of this project; name one that train.py wrote")
+    if state.get("format") != FORMAT:
+        raise InputError(f"{path}: checkpoint format {state.get('format')!r}, this code reads {FORMAT}; "
+                         "use the version of the code that wrote it")
+    return state
+
+
+def load_checkpoint(path: str, device: str = "cpu") -> IAE:
+    """A trained model, ready to use: `encode(x)`, `decode(z, n)`, `reconstruct(x)`, `sample(count)`.
+
+    path: a run's folder or its checkpoint.pt. The weights are the averaged ones, in evaluation mode; images are in the
+    network's range (`iae.to_range`). Raises InputError where the file does not hold such a model.
+    """
+    state = read_checkpoint(path)
+    try:
+        model = build_model(state["settings"])
+        model.reconstruction_discriminator = model.regularization_discriminator = None
+        model.load_state_dict(state["averaged"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise InputError(f"{path}: the checkpoint's tensors do not fit its settings "
+                         f"({str(error).splitlines()[0]}); use another copy") from None
+    return model.to(device).eval().requires_grad_(False)
+
+
+def new_folder(settings: dict) -> str:
+    """The run's folder: --out, or runs/NAME-NUMBER with the next free number."""
+    if settings["out"]:
+        path = settings["out"]
+        if os.path.exists(os.path.join(path, "config.json")):
+            raise InputError(f"{path} holds a run already; choose another --out, or go on with --resume {path}")
+    else:
+        name = os.path.splitext(os.path.basename(settings["dataset"]))[0]
+        stem = os.path.join("runs", f"{name}-{settings['global']}-{settings['local']}")
+        path = next(f"{stem}-{i}" for i in range(10**6) if not os.path.exists(f"{stem}-{i}"))
+    try:
+        os.makedirs(path, exist_ok=True)
+        write_json(os.path.join(path, "config.json"), settings)
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror}; choose another folder with --out") from None
+    return path
+
+
+def host_facts(device: torch.device) -> dict:
+    """What a number depends on besides its settings: versions, commit, device."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            models = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        name = models[0] if models else name
+    return {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
+            "commit": commit or "unknown", "hardware": name, "threads": torch.get_num_threads()}
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def sheet(images: torch.Tensor, columns: int, path: str) -> None:
+    """Images (count, *shape) in the network's range, row by row, as one PNG of `columns` columns, twice their size."""
+    pixels = to_uint8(images.cpu()).permute(0, 2, 3, 1).numpy()  # (count, height, width, channels)
+    rows, (height, width) = -(-len(pixels) // columns), pixels.shape[1:3]
+    canvas = np.full((rows * (height + 2) + 2, columns * (width + 2) + 2, 3), 255, np.uint8)
+    for i, image in enumerate(pixels):
+        top, left = (i // columns) * (height + 2) + 2, (i % columns) * (width + 2) + 2
+        canvas[top:top + height, left:left + width] = image
+    picture = Image.fromarray(canvas).resize((canvas.shape[1] * 2, canvas.shape[0] * 2), Image.NEAREST)
+    write(path, lambda part: picture.save(part, format="PNG"))
+
+
+@torch.no_grad()
+def draw_figures(model: IAE, x: torch.Tensor, y: torch.Tensor | None, folder: str) -> None:
+    """reconstructions.png and samples.png of uint8 test images x, with the same noise each time.
+
+    reconstructions.png is in the manner of Figure 2: originals in the first row, below them x_hat for five draws of n
+    (one where there is no n); with labels y two images of each class.
+    """
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed(0)
+        if y is not None:
+            kinds = y.unique()[:10]
+            chosen = torch.cat([(y == kind).nonzero()[:2, 0] for kind in kinds])
+        else:
+            chosen = torch.arange(min(20, len(x)))
+        originals = to_range(x[chosen], model.shape)
+        if model.encoder is not None:
+            draws = draw(model, x[chosen], draws=5 if model.local_size else 1)[1]
+            sheet(torch.cat([originals[None], draws]).flatten(0, 1), len(chosen), os.path.join(folder, "reconstructions.png"))
+        sheet(model.sample(200), 20, os.path.join(folder, "samples.png"))
+
+
+def draw_curves(folder: str) -> None:
+    """curves.png: every logged loss over steps, from metrics.jsonl (at most about 1,000 points a curve)."""
+    with open(os.path.join(folder, "metrics.jsonl")) as file:
+        lines = [json.loads(line) for line in file]
+    lines = lines[:: max(1, len(lines) // 1000)]
+    names = [name for name in lines[0] if name not in ("step", "seconds")] if lines else []
+    figure, axes = plt.subplots(1, max(1, len(names)), figsize=(3.2 * max(1, len(names)), 2.6), squeeze=False)
+    for name, axis in zip(names, axes[0]):
+        axis.plot([line["step"] for line in lines], [line[name] for line in lines], linewidth=0.8)
+        axis.set_title(name.replace("_", " "), fontsize=8)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+    figure.tight_layout()
+    write(os.path.join(folder, "curves.png"), lambda part: figure.savefig(part, format="png", dpi=100))
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------- the loop
+
+
+class Stop:
+    """Ctrl-C and SIGTERM end training after the step in progress, so that what is saved is a whole step."""
+
+    def __init__(self):
+        self.asked = False
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, self._ask)
+
+    def _ask(self, kind, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+
+
+def save_checkpoint(run: Run, folder: str, x: torch.Tensor) -> None:
+    """checkpoint.pt, whole at every moment; never with weights that are not finite (InputError)."""
+    for name, parameter in run.model.named_parameters():
+        if not parameter.isfinite().all():
+            raise InputError(f"step {run.step}: the weights of {name} are not finite; the last checkpoint is untouched; "
+                             "try a lower --learning-rate or a --penalty")
+    refresh_average(run, x)
+    write(os.path.join(folder, "checkpoint.pt"), lambda part: torch.save(run.state_dict(), part))
+
+
+def log_losses(run: Run, losses: dict, folder: str) -> str:
+    """Append one line to metrics.jsonl and return the progress text; InputError at a loss that is not finite."""
+    numbers = {name: loss.item() for name, loss in losses.items()}
+    for name, number in numbers.items():
+        if not np.isfinite(number):
+            raise InputError(f"step {run.step}: the loss {name} is {number}; the last checkpoint is untouched; "
+                             "try a lower --learning-rate or a --penalty")
+    try:
+        with open(os.path.join(folder, "metrics.jsonl"), "a") as file:
+            file.write(json.dumps({"step": run.step, "seconds": round(run.seconds, 2), **numbers}) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; free space, then go on with --resume") from None
+    steps, speed = run.settings["steps"], run.step / max(run.seconds, 1e-9)
+    left = int((steps - run.step) / speed)
+    eta = f"{left // 3600}:{left % 3600 // 60:02}:{left % 60:02}"
+    short = "  ".join(f"{name.replace('_discriminator', ' D')} {number:.3f}" for name, number in numbers.items())
+    return f"step {run.step}/{steps}  {speed:.1f}/s  ETA {eta}  {short}"
+
+
+def train(run: Run, data: dict, folder: str) -> bool:
+    """Train up to settings["steps"] and keep the folder current. False where Ctrl-C or SIGTERM ended it before."""
+    settings, x_train, held = run.settings, data["train"].x, data["validation" if len(data["validation"].x) else "test"]
+    stop, terminal = Stop(), sys.stderr.isatty()
+    clock = saved = printed = time.monotonic()
+    while run.step < settings["steps"] and not stop.asked:
+        rows = batch_indices(len(x_train), settings["batch_size"], run.step, settings["seed"]).to(run.device)
+        losses = train_step(run, to_range(x_train[rows], run.model.shape))
+
+        last = run.step == settings["steps"] or stop.asked
+        if run.step % 20 and not last:
+            continue
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+        run.seconds += time.monotonic() - clock
+        line = log_losses(run, losses, folder)
+        if terminal or last or time.monotonic() - printed > 15 or run.step == 20:
+            print(line, end="\r" if terminal and not last else "\n", file=sys.stderr, flush=True)
+            printed = time.monotonic()
+        if run.step in (100, 200, 400) or run.step % 1000 == 0 or last:
+            draw_figures(refresh_average(run, x_train), held.x, held.y, folder)
+            draw_curves(folder)
+        if time.monotonic() - saved > 120 or last:
+            save_checkpoint(run, folder, x_train)
+            saved = time.monotonic()
+        clock = time.monotonic()  # pictures and checkpoints do not count as training time
+    return run.step >= settings["steps"]
+
+
+def finish(run: Run, data: dict, folder: str, data_dir: str) -> dict:
+    """final.json: every metric of the averaged model on the test set, or with --validation on the held-out images."""
+    split = "validation" if len(data["validation"].x) else "test"
+    train_set, test_set = data["train"], data[split]
+    classifier = None
+    if test_set.y is not None and len(test_set.x) > 1:
+        classes = int(max(train_set.y.max(), test_set.y.max())) + 1
+        classifier = fixed_classifier(train_set.x, train_set.y, classes, data_dir)
+    print(f"measuring on the {split} images ...", file=sys.stderr)
+    fitted = not run.settings["regularization"] and run.settings["prior"] == "gaussian" and run.settings["global"] > 0
+    numbers = evaluate(run.averaged, train_set, test_set, classifier, fitted=fitted)
+    final = {"settings": run.settings, "evaluated_on": split, "steps": run.step, "seconds": round(run.seconds, 1),
+             "host": host_facts(run.device), "metrics": numbers}
+    write_json(os.path.join(folder, "final.json"), final)
+    return final
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
+    """The command line, and the names that were given on it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0] + " With no arguments: MNIST, global code 10, local code 100.",
+        epilog="Section 2's cases: 1 '--local 0 --no-regularization', 2 '--local 0', 3 '--no-regularization', 4 neither; "
+               "'--global 0' is a plain GAN, '--local 0 --euclidean' the adversarial autoencoder.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", default="mnist", help="mnist, or the path of an .npz with x (uint8 images) and, if known, y (labels)")
+    add("--data-dir", default="data", help="where the data lies or is put after download")
+    add("--model", default="iae", choices=["iae"], help="iae: the implicit autoencoder of Section 2")
+    add("--global", type=int, default=10, metavar="SIZE", help="size of the global code z; 0: a plain GAN")
+    add("--local", type=int, default=100, metavar="SIZE", help="size of the local code n; 0: a deterministic decoder")
+    add("--noise", type=int, default=0, metavar="SIZE", help="size of the encoder's noise eps; 0: a deterministic encoder")
+    add("--prior", default="gaussian", choices=["gaussian", "categorical"], help="p(z); categorical: --global clusters")
+    add("--conditioning", choices=["dependent", "invariant"],
+        help="how D(x, z) sees z (Appendix D.1); default: dependent for a Gaussian code, invariant for a categorical one")
+    add("--recipe", default="stable", choices=list(RECIPES), help="what the paper leaves open; its values can be set below")
+    add("--no-regularization", action="store_true", help="drop KL(q(z) || p(z)) (cases 1 and 3); samples come from a "
+        "Gaussian fitted to q(z)")
+    add("--regularization-weight", type=float, default=1.0, help="weight of the regularization loss")
+    add("--euclidean", action="store_true", help="squared error in place of the reconstruction GAN (case 2: the AAE)")
+    add("--positive-gradient", action="store_true", help="footnote 1's variant: the positive pair moves the encoder too")
+    add("--objective", choices=["gan", "paired", "kl"], help="of the GANs; default: the recipe's")
+    add("--penalty", type=float, help="gamma of the gradient penalties R1 + R2; default: the recipe's")
+    add("--batch-norm", action=argparse.BooleanOptionalAction, default=None,
+        help="BatchNorm in the reconstruction discriminator; default: the recipe's")
+    add("--learning-rate", type=float, help="of encoder and decoder; default: the recipe's")
+    add("--discriminator-learning-rate", type=float, help="of both discriminators; default: the recipe's")
+    add("--decay", type=float, help="share of training, at its end, over which both rates fall linearly to zero; default: "
+        "the recipe's")
+    add("--averaging", type=float, help="decay of the averaged weights that are used; default: the recipe's")
+    add("--epochs", type=float, default=20, help="passes over the training images")
+    add("--steps", type=int, help="training steps, in place of --epochs")
+    add("--batch-size", type=int, default=128, help="images a step")
+    add("--seed", type=int, default=0, help="of weights, noise and data order")
+    add("--validation", type=int, default=0, metavar="N", help="hold N training images out and measure on them, not on "
+        "the test set: for choosing settings")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--precision", default="auto", choices=["auto", "float32", "bf16"], help="auto: bf16 where the hardware has it")
+    add("--out", help="the run's folder; default: runs/DATASET-GLOBAL-LOCAL-NUMBER")
+    add("--resume", metavar="RUN", help="go on with a run's folder or checkpoint; --epochs, --steps, --device may change")
+    add("--from", metavar="RUN", help="use a trained model: with --sample or --reconstruct")
+    add("--sample", type=int, metavar="COUNT", help="with --from: write COUNT samples to --out (default: samples.png)")
+    add("--reconstruct", nargs="+", metavar="PICTURE", help="with --from: write your own pictures over five "
+        "reconstructions to --out (default: reconstructed.png)")
+    args = parser.parse_args(argv)
+    unset = object()
+    again = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    given = {name for name, value in vars(again).items() if value is not unset}
+    check(parser, args)
+    return args, given
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """argparse's usage and one line for every number out of range."""
+    sizes = vars(args)
+    for name in ("global", "local", "noise", "validation", "seed"):
+        if sizes[name] < 0:
+            parser.error(f"--{name} {sizes[name]}: must be 0 or more")
+    if args.local == 0 and sizes["global"] == 0:
+        parser.error("--global 0 --local 0: the decoder has no input; give at least one of them a size")
+    if sizes["global"] == 0 and (args.euclidean or args.positive_gradient or args.noise or args.prior == "categorical"):
+        parser.error("--global 0 has no code: drop --euclidean, --positive-gradient, --noise and --prior categorical")
+    for name in ("batch_size", "steps", "epochs", "sample", "learning_rate", "discriminator_learning_rate"):
+        if sizes[name] is not None and not 0 < sizes[name] < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} {sizes[name]}: must be more than 0")
+    for name in ("penalty", "regularization_weight"):
+        if sizes[name] is not None and not 0 <= sizes[name] < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} {sizes[name]}: must be 0 or more")
+    if args.averaging is not None and not 0 <= args.averaging < 1:
+        parser.error(f"--averaging {args.averaging}: must be at least 0 and below 1")
+    if args.decay is not None and not 0 <= args.decay <= 1:
+        parser.error(f"--decay {args.decay}: must be from 0 to 1")
+    if args.batch_size < 2:
+        parser.error("--batch-size 1: BatchNorm needs at least 2 images")
+    if (args.sample or args.reconstruct) and not sizes["from"]:
+        parser.error("--sample and --reconstruct need a trained model: name it by --from RUN")
+    if sizes["from"] and not (args.sample or args.reconstruct):
+        parser.error("--from RUN: say what to make with it, --sample COUNT or --reconstruct PICTURE")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of --device; InputError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"--device {name}: not there; use auto, cpu or, with a GPU and torch's CUDA build, cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: use auto, cpu or cuda")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """bf16 where it is fast: on CUDA, and on CPUs with matrix tiles (AMX); elsewhere a CPU emulates it slowly."""
+    if name != "auto":
+        return name
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return "bf16" if device.type == "cuda" or tiles() else "float32"
+
+
+def settings_of(args: argparse.Namespace, shape: tuple, count: int) -> dict:
+    """A run's settings, as config.json holds them: the recipe's values, and what the command line put in their place."""
+    settings = {**vars(args), "shape": list(shape), "regularization": not args.no_regularization}
+    for name in ("resume", "from", "sample", "reconstruct", "no_regularization"):
+        del settings[name]
+    for name, value in RECIPES[args.recipe].items():
+        if settings[name] is None:
+            settings[name] = value
+    settings["conditioning"] = args.conditioning or ("dependent" if args.prior == "gaussian" else "invariant")
+    settings["device"] = str(pick_device(args.device))
+    settings["precision"] = pick_precision(args.precision, torch.device(settings["device"]))
+    settings["steps"] = args.steps or max(1, round(args.epochs * (count // args.batch_size)))
+    return settings
+
+
+def resume(args: argparse.Namespace, given: set) -> tuple[Run, dict, str]:
+    """The run of --resume, its data and its folder; the settings that may not change are compared."""
+    state = read_checkpoint(args.resume)
+    folder = args.resume if os.path.isdir(args.resume) else os.path.dirname(os.path.abspath(args.resume))
+    settings = state["settings"]
+    for name in given - {"resume", "epochs", "steps", "device", "data_dir"}:
+        old = not settings["regularization"] if name == "no_regularization" else settings.get(name)
+        if vars(args)[name] != old:
+            raise InputError(f"--{name.replace('_', '-')} {vars(args)[name]}: the run was made with {old}; "
+                             "only --epochs, --steps, --device and --data-dir may change at a resume")
+    if "data_dir" in given:
+        settings["data_dir"] = args.data_dir
+    if "device" in given or settings["device"] != "cpu":
+        settings["device"] = str(pick_device(args.device))
+    data = load_dataset(settings["dataset"], settings["data_dir"], settings["validation"], settings["device"])
+    if "steps" in given or "epochs" in given:
+        settings["steps"] = args.steps or round(args.epochs * (len(data["train"].x) // settings["batch_size"]))
+    run = Run(settings)
+    try:
+        run.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{args.resume}: the checkpoint's tensors do not fit its settings "
+                         f"({str(error).splitlines()[0]}); use another copy") from None
+    lines = os.path.join(folder, "metrics.jsonl")
+    if os.path.exists(lines):  # cut back to the checkpoint's step, so that no step is logged twice
+        with open(lines) as file:
+            kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= run.step]
+
+        def save(part):
+            with open(part, "w") as file:
+                file.writelines(kept)
+
+        write(lines, save)
+    write_json(os.path.join(folder, "config.json"), settings)
+    return run, data, folder
+
+
+def use_model(args: argparse.Namespace) -> None:
+    """--from: a sheet of samples, or of one's own pictures over their reconstructions."""
+    state = read_checkpoint(vars(args)["from"])
+    model, settings = load_checkpoint(vars(args)["from"]), state["settings"]
+    with torch.no_grad():
+        torch.manual_seed(args.seed)
+        if args.sample:
+            out = args.out or "samples.png"
+            sheet(model.sample(args.sample, fitted=not settings["regularization"]), min(20, args.sample), out)
+        else:
+            out, (channels, height, width) = args.out or "reconstructed.png", model.shape
+            if model.encoder is None:
+                raise InputError(f"{vars(args)['from']} is a plain GAN (--global 0): it has no encoder to reconstruct with")
+            pixels = []
+            for path in args.reconstruct:
+                try:
+                    picture = Image.open(path).convert("L" if channels == 1 else "RGB").resize((width, height))
+                except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
+                    raise InputError(f"{path}: not a readable picture ({type(error).__name__}); use a PNG or JPEG") from None
+                pixels.append(torch.from_numpy(np.array(picture)).reshape(height, width, channels).permute(2, 0, 1))
+            x = torch.stack(pixels)  # uint8
+            draws = draw(model, x, draws=5 if model.local_size else 1)[1]
+            sheet(torch.cat([to_range(x, model.shape)[None], draws]).flatten(0, 1), len(x), out)
+    print(f"wrote {out}")
+
+
+def summary(metrics: dict) -> str:
+    """The deciding numbers of final.json, one a line."""
+    return "\n".join(f"  {name:26} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float)))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, given = parse(argv)
+    try:
+        if vars(args)["from"]:
+            return use_model(args)
+        if args.resume:
+            run, data, folder = resume(args, given)
+        else:
+            device = pick_device(args.device)
+            data = load_dataset(args.dataset, args.data_dir, args.validation, device)
+            x = data["train"].x
+            try:
+                settings = settings_of(args, tuple(x.shape[1:]), len(x))
+                run = Run(settings)
+            except ValueError as error:  # an image size that no layout fits
+                raise InputError(f"{args.dataset}: {error}") from None
+            batch_indices(len(x), settings["batch_size"], 0, 0)  # says so where the data are fewer than a batch
+            folder = new_folder({**settings, "host": host_facts(run.device)})
+        print(f"{folder}: {len(data['train'].x)} training images, {run.settings['steps']} steps on {run.device}, "
+              f"{run.settings['precision']}, recipe {run.settings['recipe']}", file=sys.stderr, flush=True)
+        if not train(run, data, folder):
+            print(f"stopped at step {run.step}; go on with: python train.py --resume {folder}", file=sys.stderr)
+            sys.exit(130)
+        final = finish(run, data, folder, run.settings["data_dir"])
+        print(f"{folder}: {run.step} steps in {final['seconds']:.0f} s\n{summary(final['metrics'])}")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
