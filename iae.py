@@ -1,9 +1,9 @@
 """Implicit autoencoders (IAE): the networks, the losses and the model of Section 2 and Appendix D.
 
-    encoder                        z_hat = f(x, eps)     q(z|x), an implicit variational posterior     Encoder
-    decoder                        x_hat = g(z_hat, n)   p(x|z), an implicit conditional likelihood    Decoder
-    reconstruction discriminator   D(x, z)               (x, z_hat) is real, (x_hat, z_hat) is fake    JointDiscriminator
-    regularization discriminator   D(z)                  z ~ p(z) is real, z_hat is fake               CodeDiscriminator
+    encoder                        z_hat = f(x, eps)    q(z|x), implicit                          Encoder
+    decoder                        x_hat = g(z_hat, n)  p(x|z), implicit                          Decoder
+    reconstruction discriminator   D(x, z)              (x, z_hat) is real, (x_hat, z_hat) fake   JointDiscriminator
+    regularization discriminator   D(z)                 z ~ p(z) is real, z_hat fake              CodeDiscriminator
 
 The discriminators and the autoencoder take turns (Section 2, "Training Process"):
 
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(*layers, upconv(widths[-1], channels, layout["kernel"]), layout["last"]())
 
     def forward(self, z: Tensor | None, n: Tensor | None = None) -> Tensor:
-        h = self.fc(torch.cat([part for part in (z, n) if part is not None], dim=1))  # (batch, height * width * channels)
+        h = self.fc(torch.cat([part for part in (z, n) if part is not None], dim=1))  # (batch, features)
         # As (height, width, channels) the features are born in the memory layout that convolutions are fastest in.
         h = h.unflatten(1, self.start).permute(0, 3, 1, 2)  # (batch, channels, height, width)
         return self.layers(h)
@@ -183,8 +183,8 @@ class JointDiscriminator(nn.Module):
             height, width = height // 2, width // 2
         self.layers = nn.Sequential(*layers)
         size, hidden = widths[-1] * height * width, layout["hidden"]
-        last = [nn.Linear(size, hidden), norm1d(hidden), nn.ReLU(), nn.Linear(hidden, 1)] if hidden else [nn.Linear(size, 1)]
-        self.fc = nn.Sequential(*last)
+        fc = [nn.Linear(size, hidden), norm1d(hidden), nn.ReLU()] if hidden else []
+        self.fc = nn.Sequential(*fc, nn.Linear(hidden or size, 1))
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         h = self.first(x)  # (batch, channels, height / 2, width / 2)
@@ -220,7 +220,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, objective: str = "gan") -> Te
     """What a discriminator descends, from the logits of real and of fake examples, both (..., batch).
 
     gan     -log D(real) - log(1 - D(fake)), the negative of Eq. 1; at its least 2 ln 2 - 2 JSD
-    paired  -log sigmoid(real - fake): the relativistic form; row i of both shares its z_hat, and what they share cancels
+    paired  -log sigmoid(real - fake), relativistic: row i of both holds the same z_hat, and what they share cancels
     kl      the f-GAN bound on KL(real || fake), Section 2's remark on Nowozin et al. 2016: exp(T - 1) - T, T the logit
     """
     if objective == "gan":
@@ -256,7 +256,7 @@ def discriminate(discriminator: nn.Module, real: tuple, fake: tuple, objective: 
                  penalty: float = 0.0) -> Tensor:
     """What `discriminator` descends: `discriminator_loss` and (penalty / 2) (R1 + R2), E |dD/dinputs|^2 on both sides.
 
-    real, fake: tuples of the discriminator's inputs, (..., batch, *features) or None; constants here, whoever made them.
+    real, fake: tuples of the discriminator's inputs, (..., batch, *features) or None: constants here.
     """
     real = [part if part is None else part.detach().requires_grad_(penalty > 0) for part in real]
     fake = [part if part is None else part.detach().requires_grad_(penalty > 0) for part in fake]
@@ -281,9 +281,9 @@ class IAE(nn.Module):
     """
 
     def __init__(self, encoder: nn.Module | None, decoder: nn.Module, reconstruction_discriminator: nn.Module | None,
-                 regularization_discriminator: nn.Module | None, *, shape: tuple[int, ...], global_size: int, local_size: int,
-                 noise_size: int = 0, prior: str = "gaussian", objective: str = "gan", penalty: float = 0.0,
-                 positive_gradient: bool = False, regularization_weight: float = 1.0):
+                 regularization_discriminator: nn.Module | None, *, shape: tuple[int, ...], global_size: int,
+                 local_size: int, noise_size: int = 0, prior: str = "gaussian", objective: str = "gan",
+                 penalty: float = 0.0, positive_gradient: bool = False, regularization_weight: float = 1.0):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.reconstruction_discriminator = reconstruction_discriminator
@@ -342,7 +342,8 @@ class IAE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """(z_hat, x_hat) for images x (Figure 1); z_hat is None for a plain GAN."""
         z_hat = self.encode(x)
-        n = torch.randn(*x.shape[:x.dim() - len(self.shape)], self.local_size, device=x.device) if self.local_size else None
+        batch = x.shape[:x.dim() - len(self.shape)]
+        n = torch.randn(*batch, self.local_size, device=x.device) if self.local_size else None
         return z_hat, self.decode(z_hat, n)
 
     def sample_codes(self, *batch: int, fitted: bool = False) -> Tensor | None:
@@ -358,7 +359,7 @@ class IAE(nn.Module):
         return self.decode(self.sample_codes(count, fitted=fitted), n)
 
     def fit_gaussian(self, z: Tensor) -> None:
-        """Fit N(mean, covariance) to codes z (count, global_size) of the data: case 3's prior "once the training is complete"."""
+        """Fit a full-covariance Gaussian to codes z (count, global_size) of data: case 3's prior after training."""
         z = z.double()
         covariance = torch.cov(z.T).reshape(self.global_size, self.global_size)
         values, vectors = torch.linalg.eigh(covariance)  # a square root that exists where a code dimension is constant

@@ -5,6 +5,7 @@ returns plain Python numbers, so that they can be written to JSON as they are. `
 """
 
 import hashlib
+import json
 import os
 import sys
 
@@ -126,7 +127,8 @@ def mmd_test(a: Tensor, b: Tensor, permutations: int = 100, bandwidths: tuple = 
     """Squared maximum mean discrepancy of two samples (count, size) of equal count, unbiased, RBF kernels averaged.
 
     Returns mmd, its floor (the mean absolute value over random relabellings of the pooled sample, which is what two
-    equal distributions give) and the permutation p-value. Bandwidths are for two dimensions and grow with sqrt(size / 2).
+    equal distributions give) and the permutation p-value. The bandwidths are for two dimensions; they are scaled by
+    sqrt(size / 2) for others.
     """
     count, pooled = len(a), torch.cat([a, b]).float()
     with torch.random.fork_rng(devices=[]):
@@ -139,7 +141,7 @@ def mmd_test(a: Tensor, b: Tensor, permutations: int = 100, bandwidths: tuple = 
         rows = slice(start, start + 1000)
         squares = torch.cdist(pooled[rows], pooled).square()
         kernel = sum(torch.exp(-squares * s) for s in scales) / len(scales)
-        kernel[torch.arange(len(kernel)), torch.arange(start, start + len(kernel))] = 0  # unbiased: no point with itself
+        kernel[:, start:].fill_diagonal_(0)  # unbiased: no point is paired with itself
         within[0] += (first[rows] * (kernel @ first)).double().sum(0)
         within[1] += ((1 - first[rows]) * (kernel @ (1 - first))).double().sum(0)
         total += kernel.double().sum().item()
@@ -227,3 +229,33 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
         z_train = torch.cat([model.encode(to_range(part, shape)) for part in train[0][rows].split(500)])
         numbers["linear_probe"] = linear_probe(z_train, train[1][rows], z, y)
     return numbers
+
+
+def table(paths: list[str]) -> str:
+    """README's table of runs, as Markdown, from their final.json files: a row a file, a column a number."""
+    columns = {
+        "labels kept, %": ("labels_kept", 100, 1), "MSE": ("reconstruction_mse", 1, 4),
+        "local diversity": ("local_diversity", 1, 3), "FD of x_hat": ("frechet_reconstructions", 1, 2),
+        "FD of samples": ("frechet_samples", 1, 2), "FD floor": ("frechet_floor", 1, 2),
+        "confident samples, %": ("samples_confident", 100, 1), "density": ("density", 1, 2),
+        "coverage": ("coverage", 1, 3), "MMD of z": ("code_mmd", 1, 4), "its floor": ("code_floor", 1, 4),
+        "p": ("code_p", 1, 2), "probe, %": ("linear_probe", 100, 1),
+        "similar confusions, %": ("confusions_similar", 100, 0), "by chance, %": ("confusions_similar_chance", 100, 0)}
+    lines = [" | ".join(["| run", "classes of samples, %", *columns, "seed", "steps", "minutes |"])]
+    lines.append("|---" * (len(columns) + 5) + "|")
+    for path in paths:
+        with open(path) as file:
+            final = json.load(file)
+        metrics, shares = final["metrics"], final["metrics"].get("samples_class_shares")
+        cells = [f"{metrics[key] * scale:.{digits}f}" if key in metrics else "-" for key, scale, digits in columns.values()]
+        span = f"{100 * min(shares):.1f} to {100 * max(shares):.1f}" if shares else "-"
+        name = os.path.splitext(os.path.basename(path))[0]
+        lines.append(" | ".join([f"| [{name}]({path})", span, *cells, str(final["settings"]["seed"]), str(final["steps"]),
+                                 f"{final['seconds'] / 60:.0f} |"]))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("usage: python metrics.py results/mnist-*.json  (prints their numbers as a Markdown table)")
+    print(table(sys.argv[1:]))

@@ -144,7 +144,7 @@ def train_step(run: Run, x: torch.Tensor) -> dict:
         parameter.requires_grad_(True)
 
     run.step += 1
-    decay = min(settings["averaging"], run.step / (run.step + 10))  # short at first, so that the first weights are forgotten
+    decay = min(settings["averaging"], run.step / (run.step + 10))  # short at first: the first weights are forgotten
     get_ema_multi_avg_fn(decay)(list(run.averaged.parameters()), run.autoencoder, run.step)
     return {name: loss.detach() for name, loss in (losses | generative).items()}
 
@@ -290,7 +290,8 @@ def draw_figures(model: IAE, x: torch.Tensor, y: torch.Tensor | None, folder: st
         originals = to_range(x[chosen], model.shape)
         if model.encoder is not None:
             draws = draw(model, x[chosen], draws=5 if model.local_size else 1)[1]
-            sheet(torch.cat([originals[None], draws]).flatten(0, 1), len(chosen), os.path.join(folder, "reconstructions.png"))
+            rows = torch.cat([originals[None], draws]).flatten(0, 1)
+            sheet(rows, len(chosen), os.path.join(folder, "reconstructions.png"))
         sheet(model.sample(200), 20, os.path.join(folder, "samples.png"))
 
 
@@ -315,24 +316,29 @@ def draw_curves(folder: str) -> None:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM end training after the step in progress, so that what is saved is a whole step."""
+    """Within `with Stop() as stop`, Ctrl-C and SIGTERM only set stop.asked, so that what is saved is a whole step."""
 
-    def __init__(self):
-        self.asked = False
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, self._ask)
+    asked = False
+
+    def __enter__(self):
+        self.before = {kind: signal.signal(kind, self._ask) for kind in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def _ask(self, kind, frame):
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+
+    def __exit__(self, *error):
+        for kind, handler in self.before.items():
+            signal.signal(kind, handler)
 
 
 def save_checkpoint(run: Run, folder: str, x: torch.Tensor) -> None:
     """checkpoint.pt, whole at every moment; never with weights that are not finite (InputError)."""
     for name, parameter in run.model.named_parameters():
         if not parameter.isfinite().all():
-            raise InputError(f"step {run.step}: the weights of {name} are not finite; the last checkpoint is untouched; "
-                             "try a lower --learning-rate or a --penalty")
+            raise InputError(f"step {run.step}: the weights of {name} are not finite; the last checkpoint is "
+                             "untouched; try a lower --learning-rate or a --penalty")
     refresh_average(run, x)
     write(os.path.join(folder, "checkpoint.pt"), lambda part: torch.save(run.state_dict(), part))
 
@@ -356,10 +362,10 @@ def log_losses(run: Run, losses: dict, folder: str) -> str:
     return f"step {run.step}/{steps}  {speed:.1f}/s  ETA {eta}  {short}"
 
 
-def train(run: Run, data: dict, folder: str) -> bool:
-    """Train up to settings["steps"] and keep the folder current. False where Ctrl-C or SIGTERM ended it before."""
+def train(run: Run, data: dict, folder: str, stop: Stop) -> bool:
+    """Train up to settings["steps"] and keep the folder current. False where `stop` ended it before."""
     settings, x_train, held = run.settings, data["train"].x, data["validation" if len(data["validation"].x) else "test"]
-    stop, terminal = Stop(), sys.stderr.isatty()
+    terminal = sys.stderr.isatty()
     clock = saved = printed = time.monotonic()
     while run.step < settings["steps"] and not stop.asked:
         rows = batch_indices(len(x_train), settings["batch_size"], run.step, settings["seed"]).to(run.device)
@@ -409,33 +415,34 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     """The command line, and the names that were given on it."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0] + " With no arguments: MNIST, global code 10, local code 100.",
-        epilog="Section 2's cases: 1 '--local 0 --no-regularization', 2 '--local 0', 3 '--no-regularization', 4 neither; "
-               "'--global 0' is a plain GAN, '--local 0 --euclidean' the adversarial autoencoder.",
+        epilog="Section 2's cases: 1 '--local 0 --no-regularization', 2 '--local 0', 3 '--no-regularization', 4 "
+               "neither; '--global 0' is a plain GAN, '--local 0 --euclidean' the adversarial autoencoder.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--dataset", default="mnist", help="mnist, or the path of an .npz with x (uint8 images) and, if known, y (labels)")
+    add("--dataset", default="mnist", help="mnist, or the path of an .npz with x (uint8 images) and perhaps y (labels)")
     add("--data-dir", default="data", help="where the data lies or is put after download")
     add("--model", default="iae", choices=["iae"], help="iae: the implicit autoencoder of Section 2")
     add("--global", type=int, default=10, metavar="SIZE", help="size of the global code z; 0: a plain GAN")
     add("--local", type=int, default=100, metavar="SIZE", help="size of the local code n; 0: a deterministic decoder")
-    add("--noise", type=int, default=0, metavar="SIZE", help="size of the encoder's noise eps; 0: a deterministic encoder")
+    add("--noise", type=int, default=0, metavar="SIZE", help="size of the encoder's noise eps; 0: no noise")
     add("--prior", default="gaussian", choices=["gaussian", "categorical"], help="p(z); categorical: --global clusters")
     add("--conditioning", choices=["dependent", "invariant"],
-        help="how D(x, z) sees z (Appendix D.1); default: dependent for a Gaussian code, invariant for a categorical one")
-    add("--recipe", default="stable", choices=list(RECIPES), help="what the paper leaves open; its values can be set below")
+        help="how D(x, z) sees z (Appendix D.1); default: location-dependent for a Gaussian code, -invariant for a "
+        "categorical one")
+    add("--recipe", default="stable", choices=list(RECIPES), help="what the paper leaves open; values can be set below")
     add("--no-regularization", action="store_true", help="drop KL(q(z) || p(z)) (cases 1 and 3); samples come from a "
         "Gaussian fitted to q(z)")
     add("--regularization-weight", type=float, default=1.0, help="weight of the regularization loss")
     add("--euclidean", action="store_true", help="squared error in place of the reconstruction GAN (case 2: the AAE)")
-    add("--positive-gradient", action="store_true", help="footnote 1's variant: the positive pair moves the encoder too")
+    add("--positive-gradient", action="store_true", help="footnote 1's variant: the positive pair moves the encoder")
     add("--objective", choices=["gan", "paired", "kl"], help="of the GANs; default: the recipe's")
     add("--penalty", type=float, help="gamma of the gradient penalties R1 + R2; default: the recipe's")
     add("--batch-norm", action=argparse.BooleanOptionalAction, default=None,
         help="BatchNorm in the reconstruction discriminator; default: the recipe's")
     add("--learning-rate", type=float, help="of encoder and decoder; default: the recipe's")
     add("--discriminator-learning-rate", type=float, help="of both discriminators; default: the recipe's")
-    add("--decay", type=float, help="share of training, at its end, over which both rates fall linearly to zero; default: "
-        "the recipe's")
+    add("--decay", type=float, help="share of training, at its end, over which both rates fall linearly to zero; "
+        "default: the recipe's")
     add("--averaging", type=float, help="decay of the averaged weights that are used; default: the recipe's")
     add("--epochs", type=float, default=20, help="passes over the training images")
     add("--steps", type=int, help="training steps, in place of --epochs")
@@ -446,7 +453,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--precision", default="auto", choices=["auto", "float32", "bf16"], help="auto: bf16 where the hardware has it")
     add("--out", help="the run's folder; default: runs/DATASET-GLOBAL-LOCAL-NUMBER")
-    add("--resume", metavar="RUN", help="go on with a run's folder or checkpoint; --epochs, --steps, --device may change")
+    add("--resume", metavar="RUN", help="go on with a run's folder or checkpoint; --epochs, --steps and "
+        "--device may change")
     add("--from", metavar="RUN", help="use a trained model: with --sample or --reconstruct")
     add("--sample", type=int, metavar="COUNT", help="with --from: write COUNT samples to --out (default: samples.png)")
     add("--reconstruct", nargs="+", metavar="PICTURE", help="with --from: write your own pictures over five "
@@ -495,7 +503,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"--device {name}: not there; use auto, cpu or, with a GPU and torch's CUDA build, cuda") from None
+        raise InputError(f"--device {name}: not there; use auto, cpu or, with a GPU and a CUDA build, cuda") from None
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name}: use auto, cpu or cuda")
     return device
@@ -510,7 +518,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def settings_of(args: argparse.Namespace, shape: tuple, count: int) -> dict:
-    """A run's settings, as config.json holds them: the recipe's values, and what the command line put in their place."""
+    """A run's settings, as config.json holds them: the recipe's values, or what the command line gave instead."""
     settings = {**vars(args), "shape": list(shape), "regularization": not args.no_regularization}
     for name in ("resume", "from", "sample", "reconstruct", "no_regularization"):
         del settings[name]
@@ -573,13 +581,14 @@ def use_model(args: argparse.Namespace) -> None:
         else:
             out, (channels, height, width) = args.out or "reconstructed.png", model.shape
             if model.encoder is None:
-                raise InputError(f"{vars(args)['from']} is a plain GAN (--global 0): it has no encoder to reconstruct with")
+                raise InputError(f"{vars(args)['from']} is a plain GAN (--global 0): it has no encoder; use --sample")
             pixels = []
             for path in args.reconstruct:
                 try:
                     picture = Image.open(path).convert("L" if channels == 1 else "RGB").resize((width, height))
                 except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
-                    raise InputError(f"{path}: not a readable picture ({type(error).__name__}); use a PNG or JPEG") from None
+                    reason = type(error).__name__
+                    raise InputError(f"{path}: not a readable picture ({reason}); use a PNG or JPEG") from None
                 pixels.append(torch.from_numpy(np.array(picture)).reshape(height, width, channels).permute(2, 0, 1))
             x = torch.stack(pixels)  # uint8
             draws = draw(model, x, draws=5 if model.local_size else 1)[1]
@@ -612,7 +621,9 @@ def main(argv: list[str] | None = None) -> None:
             folder = new_folder({**settings, "host": host_facts(run.device)})
         print(f"{folder}: {len(data['train'].x)} training images, {run.settings['steps']} steps on {run.device}, "
               f"{run.settings['precision']}, recipe {run.settings['recipe']}", file=sys.stderr, flush=True)
-        if not train(run, data, folder):
+        with Stop() as stop:
+            finished = train(run, data, folder, stop)
+        if not finished:
             print(f"stopped at step {run.step}; go on with: python train.py --resume {folder}", file=sys.stderr)
             sys.exit(130)
         final = finish(run, data, folder, run.settings["data_dir"])
