@@ -283,7 +283,8 @@ class IAE(nn.Module):
     def __init__(self, encoder: nn.Module | None, decoder: nn.Module, reconstruction_discriminator: nn.Module | None,
                  regularization_discriminator: nn.Module | None, *, shape: tuple[int, ...], global_size: int,
                  local_size: int, noise_size: int = 0, prior: str = "gaussian", objective: str = "gan",
-                 penalty: float = 0.0, positive_gradient: bool = False, regularization_weight: float = 1.0):
+                 penalty: float = 0.0, regularization_penalty: float | None = None, positive_gradient: bool = False,
+                 regularization_weight: float = 1.0):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.reconstruction_discriminator = reconstruction_discriminator
@@ -292,6 +293,7 @@ class IAE(nn.Module):
         self.global_size, self.local_size, self.noise_size, self.prior = global_size, local_size, noise_size, prior
         self.objective, self.penalty, self.positive_gradient = objective, penalty, positive_gradient
         self.regularization_weight = regularization_weight
+        self.regularization_penalty = penalty if regularization_penalty is None else regularization_penalty
         self.register_buffer("fitted_mean", torch.zeros(global_size))  # of `fit_gaussian`
         self.register_buffer("fitted_factor", torch.eye(global_size))
 
@@ -377,7 +379,8 @@ class IAE(nn.Module):
             # z and z_hat share nothing row by row, so "paired" has no meaning here: Eq. 1 takes its place.
             losses["regularization_discriminator"] = discriminate(
                 self.regularization_discriminator, real=(self.sample_codes(*z_hat.shape[:-1]),), fake=(z_hat,),
-                objective="gan" if self.objective == "paired" else self.objective, penalty=self.penalty)
+                objective="gan" if self.objective == "paired" else self.objective,
+                penalty=self.regularization_penalty)
         return losses
 
     def autoencoder_losses(self, x: Tensor, z_hat: Tensor | None, x_hat: Tensor) -> dict[str, Tensor]:

@@ -531,7 +531,7 @@ def test_sigterm_saves_a_whole_step_and_says_how_to_resume(digits, tmp_path):
 @pytest.mark.parametrize("argv, says", [
     (("--global", -1), "--global"), (("--global", 0, "--local", 0), "no input"), (("--dataset", "nothing"), "nothing"),
     (("--device", "cuda:99"), "cuda"), (("--device", "toaster"), "toaster"), (("--recipe", "cake"), "cake"),
-    (("--steps", 0), "--steps"), (("--batch-size", 1), "--batch-size"), (("--learning-rate", "nan"), "--learning-rate"),
+    (("--steps", 0), "--steps"), (("--batch-size", 1), "--batch-size"), (("--rates", 1, 1, "nan", 1), "--rates"),
     (("--batch-size", 100000), "100000"), (("--validation", 100000), "100000"), (("--out", "/dev/null/x"), "--out"),
     (("--resume", "nowhere"), "nowhere"), (("--from", "nowhere", "--sample", 3), "nowhere"),
     (("--sample", 3), "--from"),

@@ -36,24 +36,27 @@ from metrics import draw, evaluate, fixed_classifier
 RECIPES = {
     "paper": dict(
         objective="gan",  # Eq. 1, non-saturating
-        penalty=0.0,  # no gradient penalty
+        penalty=0.0,  # gamma of R1 + R2 on the reconstruction discriminator
+        regularization_penalty=0.0,  # and on the regularization discriminator
+        regularization_weight=1.0,  # of the regularization loss, beside the reconstruction loss
         batch_norm=True,  # in the reconstruction discriminator
-        learning_rate=1e-3,  # encoder and decoder
-        discriminator_learning_rate=2e-4,  # both discriminators
+        rates=(1e-3, 1e-3, 2e-4, 2e-4),  # Adam's, of encoder, decoder, reconstruction and regularization discriminator
         decay=0.0,  # the share of training, at its end, over which both rates fall linearly to zero
         averaging=0.999,  # decay of the averaged weights, which are what is evaluated and saved for use
     ),
     "stable": dict(
         objective="paired",
         penalty=0.0,
+        regularization_penalty=0.1,
+        regularization_weight=10.0,
         batch_norm=True,
-        learning_rate=1e-3,
-        discriminator_learning_rate=2e-4,
+        rates=(2e-4, 1e-3, 2e-4, 5e-4),
         decay=0.5,
         averaging=0.999,
     ),
 }
 BETAS = (0.5, 0.99)  # of Adam; beta1 is InfoGAN's
+PLAYERS = ("encoder", "decoder", "reconstruction_discriminator", "regularization_discriminator")
 PROJECT, FORMAT = "implicit-autoencoders", 1  # what a checkpoint says it is
 
 
@@ -63,7 +66,7 @@ def build_model(settings: dict) -> IAE:
         tuple(settings["shape"]), settings["global"], settings["local"], settings["noise"], settings["prior"],
         settings["conditioning"], batch_norm=settings["batch_norm"], euclidean=settings["euclidean"],
         regularization=settings["regularization"], objective=settings["objective"], penalty=settings["penalty"],
-        positive_gradient=settings["positive_gradient"], regularization_weight=settings["regularization_weight"])
+        regularization_penalty=settings["regularization_penalty"], positive_gradient=settings["positive_gradient"], regularization_weight=settings["regularization_weight"])
 
 
 class Run:
@@ -80,11 +83,11 @@ class Run:
         names = dict(self.model.named_parameters())
         self.discriminators = [p for name, p in names.items() if "discriminator" in name]
         self.autoencoder = [p for name, p in names.items() if "discriminator" not in name]
-        # The Euclidean baseline without regularization has no discriminator, and an optimizer wants a tensor.
-        self.discriminator_optimizer = torch.optim.Adam(
-            self.discriminators or [torch.zeros(1)], settings["discriminator_learning_rate"], BETAS, fused=True)
-        self.autoencoder_optimizer = torch.optim.Adam(
-            self.autoencoder, settings["learning_rate"], BETAS, fused=True)
+        groups = {name: {"params": [] if module is None else list(module.parameters()), "rate": rate}
+                  for name, module, rate in zip(PLAYERS, map(self.model._modules.get, PLAYERS), settings["rates"])}
+        encoder, decoder, reconstruction, regularization = groups.values()
+        self.autoencoder_optimizer = torch.optim.Adam([encoder, decoder], betas=BETAS, fused=True)
+        self.discriminator_optimizer = torch.optim.Adam([reconstruction, regularization], betas=BETAS, fused=True)
 
     def state_dict(self) -> dict:
         """Tensors and plain Python only, which `torch.load(weights_only=True)` reads without running code."""
@@ -117,8 +120,8 @@ def train_step(run: Run, x: torch.Tensor) -> dict:
     model, settings = run.model, run.settings
     left = 1 - run.step / settings["steps"]  # of training, 1 to 0
     falling = min(1.0, left / settings["decay"]) if settings["decay"] else 1.0
-    run.discriminator_optimizer.param_groups[0]["lr"] = falling * settings["discriminator_learning_rate"]
-    run.autoencoder_optimizer.param_groups[0]["lr"] = falling * settings["learning_rate"]
+    for group in (*run.discriminator_optimizer.param_groups, *run.autoencoder_optimizer.param_groups):
+        group["lr"] = falling * group["rate"]
     precision = torch.autocast(run.device.type, torch.bfloat16, enabled=settings["precision"] == "bf16")
     with precision:
         z_hat, x_hat = model(x)  # z_hat ~ q(z|x), x_hat ~ p(x|z_hat): one pass serves both players
@@ -132,16 +135,12 @@ def train_step(run: Run, x: torch.Tensor) -> dict:
         run.discriminator_optimizer.step()
 
     # 2. Encoder and decoder descend T = -log D of the negative pair (Eq. 9-10), and the encoder the cost of
-    #    KL(q(z) || p(z)). The discriminators only judge here: their weights need no gradient.
-    for parameter in run.discriminators:
-        parameter.requires_grad_(False)
+    #    KL(q(z) || p(z)). The discriminators only judge here: `inputs` spares their weights' gradients.
     with precision:
         generative = model.autoencoder_losses(x, z_hat, x_hat)
     run.autoencoder_optimizer.zero_grad()
-    sum(generative.values()).backward()
+    sum(generative.values()).backward(inputs=run.autoencoder)
     run.autoencoder_optimizer.step()
-    for parameter in run.discriminators:
-        parameter.requires_grad_(True)
 
     run.step += 1
     decay = min(settings["averaging"], run.step / (run.step + 10))  # short at first: the first weights are forgotten
@@ -338,7 +337,7 @@ def save_checkpoint(run: Run, folder: str, x: torch.Tensor) -> None:
     for name, parameter in run.model.named_parameters():
         if not parameter.isfinite().all():
             raise InputError(f"step {run.step}: the weights of {name} are not finite; the last checkpoint is "
-                             "untouched; try a lower --learning-rate or a --penalty")
+                             "untouched; try lower --rates or a --penalty")
     refresh_average(run, x)
     write(os.path.join(folder, "checkpoint.pt"), lambda part: torch.save(run.state_dict(), part))
 
@@ -349,7 +348,7 @@ def log_losses(run: Run, losses: dict, folder: str) -> str:
     for name, number in numbers.items():
         if not np.isfinite(number):
             raise InputError(f"step {run.step}: the loss {name} is {number}; the last checkpoint is untouched; "
-                             "try a lower --learning-rate or a --penalty")
+                             "try lower --rates or a --penalty")
     try:
         with open(os.path.join(folder, "metrics.jsonl"), "a") as file:
             file.write(json.dumps({"step": run.step, "seconds": round(run.seconds, 2), **numbers}) + "\n")
@@ -432,15 +431,18 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--recipe", default="stable", choices=list(RECIPES), help="what the paper leaves open; values can be set below")
     add("--no-regularization", action="store_true", help="drop KL(q(z) || p(z)) (cases 1 and 3); samples come from a "
         "Gaussian fitted to q(z)")
-    add("--regularization-weight", type=float, default=1.0, help="weight of the regularization loss")
     add("--euclidean", action="store_true", help="squared error in place of the reconstruction GAN (case 2: the AAE)")
     add("--positive-gradient", action="store_true", help="footnote 1's variant: the positive pair moves the encoder")
     add("--objective", choices=["gan", "paired", "kl"], help="of the GANs; default: the recipe's")
-    add("--penalty", type=float, help="gamma of the gradient penalties R1 + R2; default: the recipe's")
+    add("--penalty", type=float, help="gamma of R1 + R2 on the reconstruction discriminator; default: the recipe's")
+    add("--regularization-penalty", type=float, metavar="PENALTY",
+        help="gamma of R1 + R2 on the regularization discriminator; default: the recipe's")
+    add("--regularization-weight", type=float, metavar="WEIGHT",
+        help="of the regularization loss, beside the reconstruction loss; default: the recipe's")
     add("--batch-norm", action=argparse.BooleanOptionalAction, default=None,
         help="BatchNorm in the reconstruction discriminator; default: the recipe's")
-    add("--learning-rate", type=float, help="of encoder and decoder; default: the recipe's")
-    add("--discriminator-learning-rate", type=float, help="of both discriminators; default: the recipe's")
+    add("--rates", type=float, nargs=4, metavar=("F", "G", "DX", "DZ"), help="learning rates of encoder, decoder, "
+        "reconstruction and regularization discriminator; default: the recipe's")
     add("--decay", type=float, help="share of training, at its end, over which both rates fall linearly to zero; "
         "default: the recipe's")
     add("--averaging", type=float, help="decay of the averaged weights that are used; default: the recipe's")
@@ -477,10 +479,13 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--global 0 --local 0: the decoder has no input; give at least one of them a size")
     if sizes["global"] == 0 and (args.euclidean or args.positive_gradient or args.noise or args.prior == "categorical"):
         parser.error("--global 0 has no code: drop --euclidean, --positive-gradient, --noise and --prior categorical")
-    for name in ("batch_size", "steps", "epochs", "sample", "learning_rate", "discriminator_learning_rate"):
+    for name in ("batch_size", "steps", "epochs", "sample"):
         if sizes[name] is not None and not 0 < sizes[name] < float("inf"):
             parser.error(f"--{name.replace('_', '-')} {sizes[name]}: must be more than 0")
-    for name in ("penalty", "regularization_weight"):
+    for rate in args.rates or ():
+        if not 0 < rate < 1:
+            parser.error(f"--rates {rate}: a learning rate must be above 0 and below 1")
+    for name in ("penalty", "regularization_penalty", "regularization_weight"):
         if sizes[name] is not None and not 0 <= sizes[name] < float("inf"):
             parser.error(f"--{name.replace('_', '-')} {sizes[name]}: must be 0 or more")
     if args.averaging is not None and not 0 <= args.averaging < 1:
@@ -525,6 +530,7 @@ def settings_of(args: argparse.Namespace, shape: tuple, count: int) -> dict:
     for name, value in RECIPES[args.recipe].items():
         if settings[name] is None:
             settings[name] = value
+    settings["rates"] = list(settings["rates"])
     settings["conditioning"] = args.conditioning or ("dependent" if args.prior == "gaussian" else "invariant")
     settings["device"] = str(pick_device(args.device))
     settings["precision"] = pick_precision(args.precision, torch.device(settings["device"]))
