@@ -40,6 +40,7 @@ RECIPES = {
         regularization_penalty=0.0,  # and on the regularization discriminator
         regularization_weight=1.0,  # of the regularization loss, beside the reconstruction loss
         batch_norm=True,  # in the reconstruction discriminator
+        beta1=0.5,  # of Adam
         rates=(1e-3, 1e-3, 2e-4, 2e-4),  # Adam's, of encoder, decoder, reconstruction and regularization discriminator
         decay=0.0,  # the share of training, at its end, over which both rates fall linearly to zero
         averaging=0.999,  # decay of the averaged weights, which are what is evaluated and saved for use
@@ -50,12 +51,12 @@ RECIPES = {
         regularization_penalty=0.1,
         regularization_weight=10.0,
         batch_norm=True,
-        rates=(2e-4, 1e-3, 2e-4, 5e-4),
+        beta1=0.0,
+        rates=(1e-4, 1e-3, 2e-4, 5e-4),
         decay=0.5,
         averaging=0.999,
     ),
 }
-BETAS = (0.5, 0.99)  # of Adam; beta1 is InfoGAN's
 PLAYERS = ("encoder", "decoder", "reconstruction_discriminator", "regularization_discriminator")
 PROJECT, FORMAT = "implicit-autoencoders", 1  # what a checkpoint says it is
 
@@ -86,8 +87,9 @@ class Run:
         groups = {name: {"params": [] if module is None else list(module.parameters()), "rate": rate}
                   for name, module, rate in zip(PLAYERS, map(self.model._modules.get, PLAYERS), settings["rates"])}
         encoder, decoder, reconstruction, regularization = groups.values()
-        self.autoencoder_optimizer = torch.optim.Adam([encoder, decoder], betas=BETAS, fused=True)
-        self.discriminator_optimizer = torch.optim.Adam([reconstruction, regularization], betas=BETAS, fused=True)
+        betas = (settings["beta1"], 0.99)
+        self.autoencoder_optimizer = torch.optim.Adam([encoder, decoder], betas=betas, fused=True)
+        self.discriminator_optimizer = torch.optim.Adam([reconstruction, regularization], betas=betas, fused=True)
 
     def state_dict(self) -> dict:
         """Tensors and plain Python only, which `torch.load(weights_only=True)` reads without running code."""
@@ -443,6 +445,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
         help="BatchNorm in the reconstruction discriminator; default: the recipe's")
     add("--rates", type=float, nargs=4, metavar=("F", "G", "DX", "DZ"), help="learning rates of encoder, decoder, "
         "reconstruction and regularization discriminator; default: the recipe's")
+    add("--beta1", type=float, help="of Adam; default: the recipe's")
     add("--decay", type=float, help="share of training, at its end, over which both rates fall linearly to zero; "
         "default: the recipe's")
     add("--averaging", type=float, help="decay of the averaged weights that are used; default: the recipe's")
@@ -488,6 +491,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("penalty", "regularization_penalty", "regularization_weight"):
         if sizes[name] is not None and not 0 <= sizes[name] < float("inf"):
             parser.error(f"--{name.replace('_', '-')} {sizes[name]}: must be 0 or more")
+    if args.beta1 is not None and not 0 <= args.beta1 < 1:
+        parser.error(f"--beta1 {args.beta1}: must be at least 0 and below 1")
     if args.averaging is not None and not 0 <= args.averaging < 1:
         parser.error(f"--averaging {args.averaging}: must be at least 0 and below 1")
     if args.decay is not None and not 0 <= args.decay <= 1:
