@@ -247,11 +247,12 @@ def table(paths: list[str]) -> str:
         with open(path) as file:
             final = json.load(file)
         metrics, shares = final["metrics"], final["metrics"].get("samples_class_shares")
-        cells = [f"{metrics[key] * scale:.{digits}f}" if key in metrics else "-" for key, scale, digits in columns.values()]
+        cells = [f"{metrics[key] * scale:.{digits}f}" if key in metrics else "-"
+                 for key, scale, digits in columns.values()]
         span = f"{100 * min(shares):.1f} to {100 * max(shares):.1f}" if shares else "-"
         name = os.path.splitext(os.path.basename(path))[0]
-        lines.append(" | ".join([f"| [{name}]({path})", span, *cells, str(final["settings"]["seed"]), str(final["steps"]),
-                                 f"{final['seconds'] / 60:.0f} |"]))
+        lines.append(" | ".join([f"| [{name}]({path})", span, *cells, str(final["settings"]["seed"]),
+                                 str(final["steps"]), f"{final['seconds'] / 60:.0f} |"]))
     return "\n".join(lines)
 
 

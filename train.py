@@ -67,7 +67,8 @@ def build_model(settings: dict) -> IAE:
         tuple(settings["shape"]), settings["global"], settings["local"], settings["noise"], settings["prior"],
         settings["conditioning"], batch_norm=settings["batch_norm"], euclidean=settings["euclidean"],
         regularization=settings["regularization"], objective=settings["objective"], penalty=settings["penalty"],
-        regularization_penalty=settings["regularization_penalty"], positive_gradient=settings["positive_gradient"], regularization_weight=settings["regularization_weight"])
+        regularization_penalty=settings["regularization_penalty"],
+        regularization_weight=settings["regularization_weight"], positive_gradient=settings["positive_gradient"])
 
 
 class Run:
@@ -145,7 +146,7 @@ def train_step(run: Run, x: torch.Tensor) -> dict:
     run.autoencoder_optimizer.step()
 
     run.step += 1
-    decay = min(settings["averaging"], run.step / (run.step + 10))  # short at first: the first weights are forgotten
+    decay = min(settings["averaging"], run.step / (run.step + 10))  # short at first: forgets the first weights
     get_ema_multi_avg_fn(decay)(list(run.averaged.parameters()), run.autoencoder, run.step)
     return {name: loss.detach() for name, loss in (losses | generative).items()}
 
@@ -178,6 +179,7 @@ def write(path: str, save) -> None:
 
 
 def write_json(path: str, content: dict) -> None:
+    """`content` as an indented JSON file, whole or not at all."""
     def save(part):
         with open(part, "w") as file:
             json.dump(content, file, indent=1)
@@ -402,9 +404,11 @@ def finish(run: Run, data: dict, folder: str, data_dir: str) -> dict:
         classifier = fixed_classifier(train_set.x, train_set.y, classes, data_dir)
     print(f"measuring on the {split} images ...", file=sys.stderr)
     fitted = not run.settings["regularization"] and run.settings["prior"] == "gaussian" and run.settings["global"] > 0
+    with open(os.path.join(folder, "config.json")) as file:
+        host = json.load(file)["host"]  # of the start: the code may have changed since
     numbers = evaluate(run.averaged, train_set, test_set, classifier, fitted=fitted)
     final = {"settings": run.settings, "evaluated_on": split, "steps": run.step, "seconds": round(run.seconds, 1),
-             "host": host_facts(run.device), "metrics": numbers}
+             "host": host, "metrics": numbers}
     write_json(os.path.join(folder, "final.json"), final)
     return final
 
@@ -576,7 +580,7 @@ def resume(args: argparse.Namespace, given: set) -> tuple[Run, dict, str]:
                 file.writelines(kept)
 
         write(lines, save)
-    write_json(os.path.join(folder, "config.json"), settings)
+    write_json(os.path.join(folder, "config.json"), {**settings, "host": host_facts(run.device)})
     return run, data, folder
 
 
@@ -613,6 +617,7 @@ def summary(metrics: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command line: ends with status 2 and one line on bad input, with 130 where training was stopped."""
     args, given = parse(argv)
     try:
         if vars(args)["from"]:
