@@ -419,55 +419,60 @@ def finish(run: Run, data: dict, folder: str, data_dir: str) -> dict:
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     """The command line, and the names that were given on it."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0] + " With no arguments: MNIST, global code 10, local code 100.",
+        description=__doc__.split("\n\n")[0] + " Defaults are in parentheses.",
         epilog="Section 2's cases: 1 '--local 0 --no-regularization', 2 '--local 0', 3 '--no-regularization', 4 "
-               "neither; '--global 0' is a plain GAN, '--local 0 --euclidean' the adversarial autoencoder.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--dataset", default="mnist", help="mnist, or the path of an .npz with x (uint8 images) and perhaps y (labels)")
-    add("--data-dir", default="data", help="where the data lies or is put after download")
-    add("--model", default="iae", choices=["iae"], help="iae: the implicit autoencoder of Section 2")
-    add("--global", type=int, default=10, metavar="SIZE", help="size of the global code z; 0: a plain GAN")
-    add("--local", type=int, default=100, metavar="SIZE", help="size of the local code n; 0: a deterministic decoder")
-    add("--noise", type=int, default=0, metavar="SIZE", help="size of the encoder's noise eps; 0: no noise")
-    add("--prior", default="gaussian", choices=["gaussian", "categorical"], help="p(z); categorical: --global clusters")
+               "neither; '--global 0' is a plain GAN, '--local 0 --euclidean' the adversarial autoencoder.")
+    add = parser.add_argument_group("the model").add_argument
+    add("--model", default="iae", choices=["iae"], help="iae: the implicit autoencoder of Section 2 (%(default)s)")
+    add("--global", type=int, default=10, metavar="SIZE", help="of the global code z; 0: a plain GAN (%(default)s)")
+    add("--local", type=int, default=100, metavar="SIZE",
+        help="of the local code n; 0: a deterministic decoder (%(default)s)")
+    add("--noise", type=int, default=0, metavar="SIZE",
+        help="of the encoder's noise eps; 0: a deterministic encoder (%(default)s)")
+    add("--prior", default="gaussian", choices=["gaussian", "categorical"],
+        help="p(z); categorical: --global is the number of clusters (%(default)s)")
     add("--conditioning", choices=["dependent", "invariant"],
-        help="how D(x, z) sees z (Appendix D.1); default: location-dependent for a Gaussian code, -invariant for a "
-        "categorical one")
-    add("--recipe", default="stable", choices=list(RECIPES), help="what the paper leaves open; values can be set below")
-    add("--no-regularization", action="store_true", help="drop KL(q(z) || p(z)) (cases 1 and 3); samples come from a "
-        "Gaussian fitted to q(z)")
-    add("--euclidean", action="store_true", help="squared error in place of the reconstruction GAN (case 2: the AAE)")
+        help="how D(x, z) sees z, Appendix D.1 (location-dependent for a Gaussian code, -invariant for a categorical)")
+    add("--no-regularization", action="store_true",
+        help="drop KL(q(z) || p(z)), cases 1 and 3; samples come from a Gaussian fitted to q(z)")
+    add("--euclidean", action="store_true", help="squared error in place of the reconstruction GAN; case 2: the AAE")
     add("--positive-gradient", action="store_true", help="footnote 1's variant: the positive pair moves the encoder")
-    add("--objective", choices=["gan", "paired", "kl"], help="of the GANs; default: the recipe's")
-    add("--penalty", type=float, help="gamma of R1 + R2 on the reconstruction discriminator; default: the recipe's")
-    add("--regularization-penalty", type=float, metavar="PENALTY",
-        help="gamma of R1 + R2 on the regularization discriminator; default: the recipe's")
-    add("--regularization-weight", type=float, metavar="WEIGHT",
-        help="of the regularization loss, beside the reconstruction loss; default: the recipe's")
-    add("--batch-norm", action=argparse.BooleanOptionalAction, default=None,
-        help="BatchNorm in the reconstruction discriminator; default: the recipe's")
-    add("--rates", type=float, nargs=4, metavar=("F", "G", "DX", "DZ"), help="learning rates of encoder, decoder, "
-        "reconstruction and regularization discriminator; default: the recipe's")
-    add("--beta1", type=float, help="of Adam; default: the recipe's")
-    add("--decay", type=float, help="share of training, at its end, over which both rates fall linearly to zero; "
-        "default: the recipe's")
-    add("--averaging", type=float, help="decay of the averaged weights that are used; default: the recipe's")
-    add("--epochs", type=float, default=20, help="passes over the training images")
+
+    add = parser.add_argument_group("the recipe: what the paper leaves open").add_argument
+    add("--recipe", default="stable", choices=list(RECIPES), help="sets all of the following (%(default)s)")
+    add("--objective", choices=["gan", "paired", "kl"], help="gan: Eq. 1; paired: relativistic; kl: the f-GAN's")
+    add("--penalty", type=float, metavar="GAMMA", help="of R1 + R2 on the reconstruction discriminator")
+    add("--regularization-penalty", type=float, metavar="GAMMA", help="of R1 + R2 on the regularization discriminator")
+    add("--regularization-weight", type=float, metavar="WEIGHT", help="of the regularization loss in the encoder's")
+    add("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help="in the reconstruction discriminator")
+    add("--rates", type=float, nargs=4, metavar=("F", "G", "DX", "DZ"),
+        help="learning rates of encoder, decoder, reconstruction and regularization discriminator")
+    add("--beta1", type=float, help="of Adam")
+    add("--decay", type=float, metavar="SHARE", help="of training, at its end, over which the rates fall to zero")
+    add("--averaging", type=float, metavar="DECAY", help="of the averaged weights, which are the ones used")
+
+    add = parser.add_argument_group("data and training").add_argument
+    add("--dataset", default="mnist", metavar="NAME",
+        help="mnist, or the path of an .npz with x (uint8 images) and perhaps y (labels) (%(default)s)")
+    add("--data-dir", default="data", metavar="FOLDER", help="where the data lies or is downloaded to (%(default)s)")
+    add("--epochs", type=float, default=20, help="passes over the training images (%(default)s)")
     add("--steps", type=int, help="training steps, in place of --epochs")
-    add("--batch-size", type=int, default=128, help="images a step")
-    add("--seed", type=int, default=0, help="of weights, noise and data order")
-    add("--validation", type=int, default=0, metavar="N", help="hold N training images out and measure on them, not on "
-        "the test set: for choosing settings")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--precision", default="auto", choices=["auto", "float32", "bf16"], help="auto: bf16 where the hardware has it")
-    add("--out", help="the run's folder; default: runs/DATASET-GLOBAL-LOCAL-NUMBER")
-    add("--resume", metavar="RUN", help="go on with a run's folder or checkpoint; --epochs, --steps and "
-        "--device may change")
-    add("--from", metavar="RUN", help="use a trained model: with --sample or --reconstruct")
-    add("--sample", type=int, metavar="COUNT", help="with --from: write COUNT samples to --out (default: samples.png)")
-    add("--reconstruct", nargs="+", metavar="PICTURE", help="with --from: write your own pictures over five "
-        "reconstructions to --out (default: reconstructed.png)")
+    add("--batch-size", type=int, default=128, metavar="SIZE", help="images a step (%(default)s)")
+    add("--seed", type=int, default=0, help="of weights, noise and data order (%(default)s)")
+    add("--validation", type=int, default=0, metavar="N",
+        help="hold N training images out and measure on them, not on the test set: for choosing settings (%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--precision", default="auto", choices=["auto", "float32", "bf16"],
+        help="auto: bf16 where the hardware has it (%(default)s)")
+    add("--out", help="the run's folder (runs/DATASET-GLOBAL-LOCAL-NUMBER)")
+    add("--resume", metavar="RUN",
+        help="go on with a run's folder or checkpoint; --epochs, --steps, --device and --data-dir may change")
+
+    add = parser.add_argument_group("using a trained model").add_argument
+    add("--from", metavar="RUN", help="a run's folder or checkpoint, with one of the following")
+    add("--sample", type=int, metavar="COUNT", help="write a sheet of samples to --out (samples.png)")
+    add("--reconstruct", nargs="+", metavar="PICTURE",
+        help="write your own pictures over five reconstructions each to --out (reconstructed.png)")
     args = parser.parse_args(argv)
     unset = object()
     again = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
