@@ -232,28 +232,42 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
 
 
 def table(paths: list[str]) -> str:
-    """README's table of runs, as Markdown, from their final.json files: a row a file, a column a number."""
-    columns = {
-        "labels kept, %": ("labels_kept", 100, 1), "MSE": ("reconstruction_mse", 1, 4),
-        "local diversity": ("local_diversity", 1, 3), "FD of x_hat": ("frechet_reconstructions", 1, 2),
-        "FD of samples": ("frechet_samples", 1, 2), "FD floor": ("frechet_floor", 1, 2),
-        "confident samples, %": ("samples_confident", 100, 1), "density": ("density", 1, 2),
-        "coverage": ("coverage", 1, 3), "MMD of z": ("code_mmd", 1, 4), "its floor": ("code_floor", 1, 4),
-        "p": ("code_p", 1, 2), "probe, %": ("linear_probe", 100, 1),
-        "similar confusions, %": ("confusions_similar", 100, 0), "by chance, %": ("confusions_similar_chance", 100, 0)}
-    lines = [" | ".join(["| run", "classes of samples, %", *columns, "seed", "steps", "minutes |"])]
-    lines.append("|---" * (len(columns) + 5) + "|")
+    """README's table of runs, as Markdown, from their final.json files: a column a run, a row a number."""
+    finals = {}
     for path in paths:
         with open(path) as file:
-            final = json.load(file)
-        metrics, shares = final["metrics"], final["metrics"].get("samples_class_shares")
-        cells = [f"{metrics[key] * scale:.{digits}f}" if key in metrics else "-"
-                 for key, scale, digits in columns.values()]
-        span = f"{100 * min(shares):.1f} to {100 * max(shares):.1f}" if shares else "-"
-        name = os.path.splitext(os.path.basename(path))[0]
-        lines.append(" | ".join([f"| [{name}]({path})", span, *cells, str(final["settings"]["seed"]),
-                                 str(final["steps"]), f"{final['seconds'] / 60:.0f} |"]))
-    return "\n".join(lines)
+            finals[path] = json.load(file)
+
+    def row(title, cell):
+        return " | ".join([f"| {title}", *(cell(final) for final in finals.values())]) + " |"
+
+    def number(title, key, scale=1, digits=3):
+        def cell(final):
+            return f"{scale * final['metrics'][key]:.{digits}f}" if key in final["metrics"] else "-"
+        return row(title, cell)
+
+    def shares(final):
+        found = final["metrics"].get("samples_class_shares")
+        return f"{100 * min(found):.1f} to {100 * max(found):.1f}" if found else "-"
+
+    names = [f"[{os.path.splitext(os.path.basename(path))[0]}]({path})" for path in finals]
+    return "\n".join([
+        " | ".join(["| ", *names]) + " |", "|---" * (len(names) + 1) + "|",
+        number("labels kept, %", "labels_kept", 100, 1), number("reconstruction MSE", "reconstruction_mse", 1, 4),
+        number("local diversity", "local_diversity"),
+        number("confusions inside {3,5,8}, {4,9}, %", "confusions_similar", 100, 0),
+        number("the same by chance, %", "confusions_similar_chance", 100, 0),
+        number("linear probe of z, %", "linear_probe", 100, 1),
+        number("Frechet distance of reconstructions", "frechet_reconstructions", 1, 2),
+        number("Frechet distance of samples", "frechet_samples", 1, 2),
+        number("its floor, training against test images", "frechet_floor", 1, 2),
+        number("samples classified with confidence above .9, %", "samples_confident", 100, 1),
+        row("least and largest class among them, %", shares),
+        number("density", "density", 1, 2), number("coverage", "coverage", 1, 2),
+        number("squared MMD of q(z) to p(z)", "code_mmd", 1, 5), number("its floor", "code_floor", 1, 5),
+        number("its p", "code_p", 1, 2), row("seed", lambda final: str(final["settings"]["seed"])),
+        row("steps", lambda final: str(final["steps"])),
+        row("minutes", lambda final: f"{final['seconds'] / 60:.0f}")])
 
 
 if __name__ == "__main__":

@@ -1043,3 +1043,12 @@ def test_the_readmes_equation_map_names_things_that_exist():
                      or isinstance(node, ast.Assign) and any(getattr(t, "id", None) == part for t in node.targets)]
             assert found, f"README names {file}: {dotted}, which is not there"
             body = getattr(found[0], "body", [])
+
+
+def test_the_readmes_results_are_what_the_committed_runs_say(monkeypatch):
+    monkeypatch.chdir(HERE)
+    readme = (HERE / "README.md").read_text()
+    commands = re.findall(r"^python metrics\.py (results/.*)$", readme, re.M)
+    assert commands
+    for command in commands:
+        assert metrics.table(command.split()) in readme, f"python metrics.py {command}"
