@@ -26,12 +26,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 import data
 import iae
 import metrics
+import toy
 import train
 from data import InputError
+from fiae import FIAE, InfoGAN
 from iae import IAE, CodeDiscriminator, Decoder, Encoder, JointDiscriminator
 
 HERE = pathlib.Path(__file__).parent
@@ -1027,6 +1030,420 @@ def test_order_is_a_pure_function_of_seed_and_step():
 @pytest.mark.parametrize("size", [11, 0, -1])
 def test_batch_size_out_of_range(size):
     assert f"batch size {size}" in one_line(data.batch_indices, 10, size, 0, 0)
+
+
+# ------------------------------------------------ fiae.py and toy.py: the paper's equations on finite distributions
+
+def kl(a, b):
+    return torch.special.xlogy(a, a / b).sum()
+
+
+def entropy(p):
+    return -torch.special.xlogy(p, p).sum()
+
+
+@pytest.fixture(params=range(5))
+def finite(request):
+    """Random distributions over 6 values of x (rows) and 4 of z (columns): p_data(x), q(z|x), p(z), p(x|z)."""
+    generator = torch.Generator().manual_seed(request.param)
+    random = lambda *size, dim: torch.randn(*size, generator=generator, dtype=torch.double).softmax(dim)  # noqa: E731
+    p_data, q_z_x, p_z, p_x_z = random(6, dim=0), random(6, 4, dim=1), random(4, dim=0), random(6, 4, dim=0)
+    q_xz = q_z_x * p_data[:, None]
+    return dict(p_data=p_data, q_z_x=q_z_x, p_z=p_z, p_x_z=p_x_z, q_xz=q_xz, q_z=q_xz.sum(0), p_xz=p_x_z * p_z)
+
+
+def close(a, b):
+    assert abs(float(a) - float(b)) < 1e-10
+
+
+def test_elbo_forms(finite):
+    """Eq. 4-7 are one number, below E[log p(x)], and so is every line of Appendix A (Eq. 16-23)."""
+    p_data, q_z_x, p_z, p_x_z, q_xz, q_z, p_xz = finite.values()
+    autoencoder_reconstruction = -(q_xz * p_x_z.log()).sum()
+    information = kl(q_xz, p_data[:, None] * q_z)
+    q_x_z, r_xz = q_xz / q_z, q_z * p_x_z  # Eq. 2, 3
+    iae_reconstruction = sum(q_z[k] * kl(q_x_z[:, k], p_x_z[:, k]) for k in range(4))
+    eq4 = -autoencoder_reconstruction - sum(p_data[i] * kl(q_z_x[i], p_z) for i in range(6))
+    eq5 = -autoencoder_reconstruction - kl(q_z, p_z) - information
+    eq6 = -iae_reconstruction - kl(q_z, p_z) - entropy(p_data)
+    eq7 = -kl(q_xz, r_xz) - kl(q_z, p_z) - entropy(p_data)
+    prior, data = (q_z * p_z.log()).sum(), entropy(p_data)
+    appendix = [
+        sum(p_data[i] * (q_z_x[i] * (p_xz[i] / q_z_x[i]).log()).sum() for i in range(6)),  # 16
+        (q_xz * (p_xz / q_z_x).log()).sum(),  # 17
+        -(q_xz * (q_z_x / p_x_z).log()).sum() + prior,  # 18
+        -(q_xz * (q_z_x / p_x_z).log()).sum() + data + prior - data,  # 19
+        -(q_xz * (p_data[:, None] * q_z_x / p_x_z).log()).sum() + prior - data,  # 20
+        -(q_xz * (q_xz / p_x_z).log()).sum() - entropy(q_z) - (q_z * (q_z / p_z).log()).sum() - data,  # 21
+        -(q_xz * (q_xz / (q_z * p_x_z)).log()).sum() - kl(q_z, p_z) - data,  # 22
+        -kl(q_xz, r_xz) - kl(q_z, p_z) - data]  # 23
+    for form in (eq5, eq6, eq7, *appendix):
+        close(form, eq4)
+    assert (p_data * p_xz.sum(1).log()).sum() >= eq4
+
+
+def test_reconstruction_costs_and_bits_back(finite):
+    """Eq. 8: the autoencoder's cost is the IAE's and H(x|z). Eq. 24 = Eq. 25."""
+    p_data, q_z_x, p_z, p_x_z, q_xz, q_z, _ = finite.values()
+    h_x_given_z, h_z_given_x = entropy(q_xz) - entropy(q_z), entropy(q_xz) - entropy(p_data)
+    reconstruction = kl(q_xz, q_z * p_x_z)
+    close(-(q_xz * p_x_z.log()).sum(), reconstruction + h_x_given_z)
+    eq24 = entropy(q_z) + kl(q_z, p_z) + h_x_given_z + reconstruction - h_z_given_x
+    close(eq24, entropy(p_data) + reconstruction + kl(q_z, p_z))
+
+
+def test_flipped_bound(finite):
+    """Eq. 12-15, and the bounds on KL(p(z) || q(z)) and KL(p(z|x) || q(z|x)) claimed before Section 3.1."""
+    p_data, q_z_x, p_z, _, q_xz, q_z, p_xz = finite.values()
+    p_x = p_xz.sum(1)
+    p_z_x, s_xz = p_xz / p_x[:, None], p_x[:, None] * q_z_x  # Eq. 11
+    bound = kl(p_xz, q_xz)
+    posterior = sum(p_x[i] * kl(p_z_x[i], q_z_x[i]) for i in range(6))
+    close(bound, kl(p_x, p_data) - (p_xz * q_z_x.log()).sum() - (entropy(p_xz) - entropy(p_x)))  # 13
+    close(bound, kl(p_x, p_data) + posterior)  # 14
+    close(bound, kl(p_x, p_data) + kl(p_xz, s_xz))  # 15
+    assert bound >= kl(p_x, p_data) and bound >= kl(p_z, q_z) and bound >= posterior
+
+
+def test_infogan_bounds_nothing():
+    """z = N(0, 1), x = z + s y, p_data = p(x), and q(z|x) the true posterior but c times as wide: in closed form, the
+    InfoGAN cost (Eq. 13 without H(z|x)) is below 0, so below the three KL divergences, two of which are above 0."""
+    s, c = 0.01, 2.0
+    deviation = s / math.sqrt(1 + s**2)  # of the true posterior, whose mean is x / (1 + s^2)
+    cost = 0.5 * math.log(2 * math.pi) + math.log(c * deviation) + 0.5 / c**2  # KL(p(x) || p_data) = 0
+    posterior_kl = math.log(c) + 0.5 / c**2 - 0.5
+    variance = 1 - deviation**2 + (c * deviation) ** 2  # of q(z), zero mean
+    prior_kl = 0.5 * (math.log(variance) + 1 / variance - 1)
+    assert cost < 0 < prior_kl < posterior_kl
+    fiae = cost - 0.5 * math.log(2 * math.pi * math.e * deviation**2)  # Eq. 14: with - H(z|x) it is a bound again
+    assert abs(fiae - posterior_kl) < 1e-12 and fiae >= prior_kl
+
+
+def quantized_entropy(deviation, width):
+    """Entropy of N(0, deviation^2) in cells of `width`."""
+    edges = torch.arange(-9 * deviation, 9 * deviation, width, dtype=torch.double) / deviation
+    return entropy(torch.special.ndtr(edges).diff())
+
+
+def test_quantized_bits_back():
+    """Eq. 26-28 for a jointly Gaussian pair: H tends to h - log width, and Eq. 28's length to H(x) for any z cells."""
+    sx, sz, rho = 1.3, 0.7, 0.8
+    h = lambda s: 0.5 * math.log(2 * math.pi * math.e * s**2)  # noqa: E731
+    for deviation in (sx, sz):
+        widths = [deviation / 2**k for k in range(6)]
+        errors = [abs(float(quantized_entropy(deviation, width)) - h(deviation) + math.log(width)) for width in widths]
+        assert all(3.5 < wide / narrow < 4.5 for wide, narrow in zip(errors, errors[1:])) and errors[-1] < 1e-4
+    sx_z, sz_x = sx * math.sqrt(1 - rho**2), sz * math.sqrt(1 - rho**2)  # conditional deviations
+    close(h(sz) + h(sx_z) - h(sz_x), h(sx))
+    gaps = []
+    for width in (0.2, 0.1, 0.05, 0.025):  # of the cells of z and of x; q = p: both KL terms of Eq. 28 are 0
+        length = quantized_entropy(sz, width) + quantized_entropy(sx_z, width) - quantized_entropy(sz_x, width)
+        gaps.append(abs(float(length - quantized_entropy(sx, width))))
+    assert all(3.5 < wide / narrow < 4.5 for wide, narrow in zip(gaps, gaps[1:])) and gaps[-1] < 3e-4
+
+
+def test_quadrant_moments():
+    """A quadrant of N(0, I) has covariance (1 - 2 / pi) I, so InfoGAN's cost is the same for any rotation of the four:
+    what it does prefer, with less cost, is four strips parallel to an axis."""
+    z = torch.randn(400000, 2, generator=torch.Generator().manual_seed(0)).double().abs()
+    assert torch.allclose(torch.cov(z.T), (1 - 2 / math.pi) * torch.eye(2, dtype=torch.double), atol=5e-3)
+    own = ((z.mean(0) + z.std(0) * torch.randn(400000, 2, dtype=torch.double)) > 0).all(1).double().mean()
+    assert abs(own - 0.823) < 5e-3
+    # Strips between the quartiles: one axis keeps the variance 1, whose logarithm is 0.
+    strips = torch.cat([z[z[:, 0] < 0.6745, :1].var(0), z[z[:, 0] > 0.6745, :1].var(0)])
+    assert strips.log().mean() < 2 * math.log(1 - 2 / math.pi)
+
+
+# ------------------------------------------------------------------------------------------------- who descends what
+
+def small_fiae(kind=FIAE, **options):
+    torch.manual_seed(0)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    mlp = lambda i, o: toy.MLP(generators, i, o, 8)  # noqa: E731
+    sizes = dict(shape=(2,), global_size=2, local_size=3)
+    if kind is InfoGAN:
+        return InfoGAN(mlp(5, 2), mlp(2, 4), None, mlp(2, 1), **sizes, **options)
+    return FIAE(mlp(5, 2), mlp(6, 2), mlp(4, 1), mlp(2, 1), noise_size=4, **sizes, **options)
+
+
+def moved_by(loss, *modules):
+    """One vector of the gradient a module; None where the loss does not reach it."""
+    vectors = []
+    for module in modules:
+        grads = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True, allow_unused=True)
+        vectors.append(torch.cat([g.flatten() for g in grads]) if all(g is not None for g in grads) else None)
+        assert vectors[-1] is not None or all(g is None for g in grads)
+    return vectors
+
+
+@pytest.mark.parametrize("objective", ["gan", "paired", "kl"])
+def test_fiae_moves_what_section_3_says(objective):
+    model = small_fiae(objective=objective, penalty=0.1)
+    players = model.generator, model.recognition
+    joint, critic = model.reconstruction_discriminator, model.regularization_discriminator
+    x = torch.randn(2, 16, 2)
+    z, x_hat, z_hat = outputs = model(x)
+    critics = model.discriminator_losses(x, *outputs)
+    assert list(critics) == ["reconstruction_discriminator", "regularization_discriminator"]
+    for loss, own, other in zip(critics.values(), (joint, critic), (critic, joint)):
+        moved = moved_by(loss, *players, own, other)
+        assert moved[0] is None and moved[1] is None and moved[2] is not None and moved[3] is None
+    losses = model.autoencoder_losses(x, *outputs)
+    assert [g is not None for g in moved_by(losses["regularization"], *players)] == [True, False]
+    # The negative pair alone: the positive pair's logit is a number here, whatever the objective.
+    fake, real = joint(x_hat, z_hat), joint(x_hat, z).detach()
+    by_hand = {"gan": F.softplus(-fake), "paired": F.softplus(real - fake), "kl": -fake}[objective].mean()
+    for got, wanted in zip(moved_by(losses["reconstruction"], *players), moved_by(by_hand, *players)):
+        assert torch.allclose(got, wanted, atol=1e-7) and got.abs().sum() > 0
+    model.positive_gradient = True  # the variant moves the generator by the positive pair as well
+    variant = moved_by(model.autoencoder_losses(x, *outputs)["reconstruction"], *players)
+    assert not torch.allclose(variant[0], moved_by(by_hand, *players)[0])
+    assert torch.allclose(variant[1], moved_by(by_hand, *players)[1], atol=1e-7)
+
+
+def test_fiae_does_not_look_at_data():
+    """The recognition network sees the dream alone (Section 3): forward uses the rows' number, not their values."""
+    model = small_fiae()
+    torch.manual_seed(1)
+    first = model(torch.zeros(2, 5, 2))
+    torch.manual_seed(1)
+    second = model(torch.full((2, 5, 2), 7.0))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert [tuple(part.shape) for part in first] == [(2, 5, 2)] * 3
+    assert model.sample_codes(2, 9).shape == model.encode(torch.zeros(2, 9, 2)).shape == (2, 9, 2)
+
+
+def test_infogan_loss_is_gaussian_nll():
+    model = small_fiae(InfoGAN)
+    z, x_hat, z_hat = model(torch.zeros(2, 16, 2))
+    assert z_hat is None
+    mean, log_deviation = model.recognition(x_hat).chunk(2, -1)
+    nll = (0.5 * ((z - mean) / log_deviation.exp()) ** 2 + log_deviation + 0.5 * math.log(2 * math.pi)).sum(-1).mean()
+    loss = model.reconstruction_loss(z, x_hat)
+    assert torch.allclose(loss, nll, atol=1e-6)
+    assert all(g is not None for g in moved_by(loss, model.generator, model.recognition))
+    model.prior = "categorical"
+    model.recognition = toy.MLP([torch.Generator().manual_seed(0)] * 2, 2, 3, 8)
+    z = F.one_hot(torch.arange(16).expand(2, -1) % 3, 3).float()
+    wanted = F.cross_entropy(model.recognition(x_hat).flatten(0, 1), z.flatten(0, 1).argmax(1))
+    assert torch.allclose(model.reconstruction_loss(z, x_hat), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 48, 48)])
+@pytest.mark.parametrize("kind, options", [
+    (FIAE, dict(global_size=15, local_size=0)), (InfoGAN, dict(global_size=4, local_size=6)),
+    (FIAE, dict(global_size=10, local_size=10, noise_size=20, prior="categorical")),
+    (InfoGAN, dict(global_size=10, local_size=10, prior="categorical"))])
+def test_images(kind, options, shape):
+    """Appendix D.2's networks in the FIAE: the loop of iae.py drives it, and samples and codes have their shapes."""
+    torch.manual_seed(0)
+    model = kind.for_images(shape, **options)
+    x = torch.rand(4, *shape)
+    outputs = model(x)
+    sum(model.discriminator_losses(x, *outputs).values()).backward()
+    sum(model.autoencoder_losses(x, *outputs).values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert model.reconstruct(x).shape == x.shape and model.sample(2).shape == (2, *shape)
+    codes = model.encode(x)
+    assert codes.shape == (4, options["global_size"])
+    if options.get("prior") == "categorical":
+        assert torch.allclose(codes.sum(1), torch.ones(4))
+
+
+def test_bad_sizes():
+    for kind in (FIAE, InfoGAN):
+        for sizes in ((0, 4), (4, -1)):
+            with pytest.raises(ValueError):
+                kind.for_images((1, 28, 28), *sizes)
+
+
+# ------------------------------------------------------------------------------------------------------ the toys' parts
+
+def test_seeds_are_independent():
+    """A seed's first weights do not depend on its neighbours, and no loss of one seed moves another."""
+    build = lambda seeds: toy.mixture_model("IAE", seeds, 7, 10, 8, penalty=0.1)  # noqa: E731
+    pair, alone = build([5, 6]), build([6])
+    for both, one in zip(pair.parameters(), alone.parameters()):
+        assert torch.equal(both[1:], one)
+    x = toy.draw("mixture", 2, 32)
+    x2 = x.clone()
+    x2[0] += 1  # other data for the first seed alone
+    grads = []
+    for batch in (x, x2):
+        torch.manual_seed(0)
+        outputs = pair(batch)
+        losses = {**pair.discriminator_losses(batch, *outputs), **pair.autoencoder_losses(batch, *outputs)}
+        pair.zero_grad()
+        sum(losses.values()).backward()
+        grads.append([p.grad.clone() for p in pair.parameters()])
+    for first, second in zip(*grads):
+        assert torch.equal(first[1], second[1])
+    assert any(not torch.equal(first[0], second[0]) for first, second in zip(*grads))
+
+
+def test_mmd_against_plain_sums():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(60, 2, generator=generator), torch.randn(60, 2, generator=generator) + 0.5
+    kernel = lambda u, v: sum((-torch.cdist(u, v).square() / (2 * h * h)).exp() for h in (0.5, 1, 2)) / 3  # noqa: E731
+    off = ~torch.eye(60, dtype=torch.bool)
+    wanted = kernel(a, a)[off].mean() + kernel(b, b)[off].mean() - 2 * kernel(a, b).mean()
+    assert abs(toy.mmd(a, b) - wanted.item()) < 1e-5
+    value, floor, p = toy.mmd_test(a, b, chunk=7)
+    assert value == pytest.approx(wanted.item(), abs=1e-5) and value > floor and p < 0.05
+    same = toy.mmd_test(a, torch.randn(60, 2, generator=generator))
+    assert same[0] < wanted and same[2] > 0.05
+    with pytest.raises(ValueError):
+        toy.mmd(a, b[:10])
+
+
+def test_normalized_mutual_information():
+    a = torch.arange(1000) % 5
+    assert toy.normalized_mutual_information(a, (a + 2) % 5) == pytest.approx(1)
+    assert toy.normalized_mutual_information(a, torch.arange(1000) // 5 % 4) == pytest.approx(0, abs=1e-3)
+    assert toy.normalized_mutual_information(a, torch.zeros(1000, dtype=torch.long)) == 0
+
+
+def test_mixture_numbers():
+    """On the data's own samples every number is what theory says; on the means alone the spread gives them away."""
+    modes, deviation = toy.DATA["mixture"]
+    torch.manual_seed(0)
+    x = toy.draw("mixture", 20000)
+    code = torch.cdist(x, modes).argmin(1)
+    numbers = toy.mixture_numbers(x, code, modes, deviation)
+    assert numbers["good"] == pytest.approx(1 - math.exp(-4.5), abs=3e-3) and numbers["modes"] == 7
+    assert 0.95 < numbers["spread_thin"] <= numbers["spread_min"] <= numbers["spread_max"] < 1.05
+    assert numbers["nmi"] > 0.999 and abs(numbers["energy"]) < 2e-3 and numbers["reverse_kl"] < 1e-3
+    means = toy.mixture_numbers(modes.repeat(100, 1), torch.arange(700) % 7, modes, deviation)
+    assert means["good"] == 1 and means["spread_max"] < 1e-3 and means["energy"] > 0.01
+    one = toy.mixture_numbers(modes[:1].repeat(100, 1), torch.zeros(100, dtype=torch.long), modes, deviation)
+    assert one["modes"] == 1 and one["reverse_kl"] == pytest.approx(math.log(7), abs=1e-4) and one["nmi"] == 0
+
+
+def test_mean_distance_is_exact():
+    y = torch.randn(400000, 2, generator=torch.Generator().manual_seed(0))
+    for r in (0.0, 0.5, 3.0):
+        wanted = (0.3 * y + torch.tensor([r, 0.0])).norm(dim=1).mean()
+        assert toy.mean_distance(torch.tensor(r), 0.3) == pytest.approx(wanted.item(), rel=3e-3)
+
+
+class Regions(nn.Module):
+    """A generator whose regions are known: sharp signs of two linear functions of z."""
+
+    def __init__(self, *rows):
+        super().__init__()
+        self.rows = torch.tensor(rows)
+
+    def forward(self, z):
+        return torch.tanh(20 * z @ self.rows.T)
+
+
+def test_border_alignment():
+    points, half = toy.DATA["four-points"][0], math.sqrt(0.5)
+    align = lambda network: toy.border_alignment(network, points, 1)[0]  # noqa: E731
+    assert align(Regions([1.0, 0], [0, 1.0])) > 0.99  # quadrants
+    assert align(Regions([half, half], [half, -half])) < -0.98  # the same, turned by 45 degrees
+    turned = [math.cos(math.pi / 8), math.sin(math.pi / 8)]
+    assert abs(align(Regions(turned, [-turned[1], turned[0]]))) < 0.05
+
+    class Strips(nn.Module):
+        def forward(self, z):
+            return torch.stack([torch.tanh(20 * (z[..., 0] + 0.7)), torch.tanh(20 * (z[..., 0] - 0.7))], -1)
+
+    assert align(Strips()) > 0.99
+
+
+def test_overlap_and_true_posterior():
+    torch.manual_seed(0)
+    z, points = torch.randn(40000, 2), toy.DATA["four-points"][0]
+    quadrants = [toy.true_posterior(z.sign(), z, point, 0.1) for point in points]
+    assert all((part.sign() == point).all() for part, point in zip(quadrants, points))
+    rows = min(map(len, quadrants))
+    assert rows > 9500 and toy.overlap(torch.stack([part[:rows] for part in quadrants])) == 0
+    gaussians = torch.stack([part.mean(0) + part.std(0) * torch.randn(20000, 2) for part in quadrants])
+    assert toy.overlap(gaussians) == pytest.approx(1 - 0.823, abs=0.01)
+    assert toy.overlap(torch.randn(4, 50000, 2)) == pytest.approx(0.75, abs=0.03)
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+def run_toy(folder, *arguments):
+    """`python toy.py arguments --out folder`; its JSON results by file name."""
+    command = [sys.executable, str(HERE / "toy.py"), *arguments, "--out", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stderr
+    return {path.stem: json.loads(path.read_text()) for path in pathlib.Path(folder).glob("*.json")}
+
+
+@pytest.mark.parametrize("arguments", [["no-such-toy"], ["--seeds", "-1"], ["--seeds", "1", "1"], ["--steps", "0"],
+                                       ["--rate", "nan"], ["--recipe", "magic"], ["--out", "/dev/null/x"]])
+def test_bad_arguments(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        toy.main(arguments)
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def column(results, toy_name, model):
+    return {metric: values["per_seed"] for metric, values in results[toy_name]["results"][model].items()}
+
+
+def test_short_mixture(tmp_path):
+    """1,000 steps by the program: every mode has samples, most are good, and the IAE's code has found the modes, as the
+    GAN's has not."""
+    results = run_toy(tmp_path, "mixture", "--steps", "1000", "--batch", "128")
+    iae, gan = column(results, "toy_mixture", "IAE"), column(results, "toy_mixture", "GAN")
+    assert iae["modes"] == [7] and iae["good"][0] > 0.7 and iae["nmi"][0] > 0.7 and iae["accuracy"][0] > 0.7
+    assert gan["nmi"][0] < 0.3
+    assert {path.name for path in tmp_path.glob("*.png")} == {"toy_mixture.png", "toy_mixture_training.png"}
+
+
+def short(steps):
+    return toy.parse(["--steps", str(steps), "--batch", "128"])
+
+
+def test_short_four_points():
+    """700 steps: all points are generated, about evenly, and each posterior of the FIAE lies in its own region."""
+    kinds, recipe = ("InfoGAN", "FIAE"), toy.RECIPES["stable"]
+    numbers, _ = toy.run_four_points(kinds, recipe, short(700), count=2500, permutations=20)
+    fiae, infogan = numbers["FIAE"], numbers["InfoGAN"]
+    for model in (fiae, infogan):
+        assert model["distance"][0] < 0.35 and model["share_min"][0] > 0.15
+    assert fiae["agreement"][0] > 0.9 and fiae["mmd"][0] < 0.02 and fiae["overlap"][0] < infogan["overlap"][0]
+
+
+def test_short_standards():
+    """800 steps on the ring: every mode has a sample near it and the codes tell modes apart."""
+    numbers, _ = toy.run_mixture("ring", ("IAE",), toy.RECIPES["stable"], short(800), count=2500, local=2)
+    assert numbers["IAE"]["nmi"][0] > 0.7 and numbers["IAE"]["energy"][0] < 0.05
+
+
+TEN = ["--seeds", *map(str, range(10))]
+
+
+@pytest.mark.slow
+def test_mixture_thresholds(tmp_path):
+    results = run_toy(tmp_path, "mixture", *TEN)
+    iae, data = column(results, "toy_mixture", "IAE"), column(results, "toy_mixture", "data")
+    assert set(iae["modes"]) == {7} and min(iae["nmi"]) >= 0.99
+    assert max(abs(a - b) for a, b in zip(iae["good"], data["good"])) <= 0.01
+    assert min(iae["spread_min"]) >= 0.8 and max(iae["spread_max"]) <= 1.2
+
+
+@pytest.mark.slow
+def test_four_points_thresholds(tmp_path):
+    results = run_toy(tmp_path, "four-points", *TEN)
+    fiae, infogan = column(results, "toy_four_points", "FIAE"), column(results, "toy_four_points", "InfoGAN")
+    assert max(fiae["distance"]) <= 0.1 and sum(infogan["distance"]) / 10 <= 0.1
+    assert min(fiae["agreement"]) >= 0.97 and max(fiae["mmd"]) <= 0.01
+
+
+@pytest.mark.slow
+def test_standards_thresholds(tmp_path):
+    results = run_toy(tmp_path, "standards", "--seeds", "0", "1", "2", "3", "4")
+    for data, count in (("toy_ring", 8), ("toy_grid", 25)):
+        iae = column(results, data, "IAE")
+        assert set(iae["modes"]) == {count} and min(iae["good"]) >= 0.95
+        assert min(iae["spread_min"]) >= 0.7 and max(iae["spread_max"]) <= 1.3
 
 
 # ---------------------------------------------------------------------------------------------------------- the README

@@ -1,0 +1,186 @@
+"""Flipped implicit autoencoders (FIAE) and the InfoGAN baseline: Section 3, on the networks and losses of iae.py.
+
+    generator (the paper's encoder)    x_hat = g(z, n)        p(x|z), an implicit conditional likelihood
+    recognition (the paper's decoder)  z_hat = f(x_hat, eps)  q(z|x), an implicit variational posterior
+    regularization discriminator       D(x)                   x ~ p_data is real, x_hat ~ p(x) is fake
+    reconstruction discriminator       D(x, z)                (x_hat, z) is real, (x_hat, z_hat) is fake
+
+The data meet the regularization GAN alone: the recognition network is trained on what the generator dreams up. The
+cost is Eq. 15, KL(p(x) || p_data) + KL(p(x, z) || s(x, z)) with s(x, z) = p(x) q(z|x) (Eq. 11). The players take turns:
+
+    1. both discriminators descend `discriminator_loss` (Eq. 1); x_hat and z_hat are constants to them;
+    2. generator and recognition network descend -log D of the *negative* pair (x_hat, z_hat), in which x_hat moves in
+       both places; the positive pair (x_hat, z) is a constant, by analogy with the IAE's footnote 1. The loss of the
+       regularization GAN moves the generator alone.
+
+The loop is the IAE's: outputs = model(x), then model.discriminator_losses(x, *outputs) and, the discriminators moved,
+model.autoencoder_losses(x, *outputs).
+This file needs torch and iae.py.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal, OneHotCategorical
+
+from iae import Decoder, Encoder, JointDiscriminator, discriminate, generator_loss, sample_prior
+
+
+class FIAE(nn.Module):
+    """The flipped implicit autoencoder of Section 3: four networks, what each of them descends, and how to sample.
+
+    The networks are any modules with the signatures of iae.py's (`FIAE.for_images` makes Appendix D.2's):
+    generator(z, n), recognition(x, eps), reconstruction_discriminator(x, z), regularization_discriminator(x).
+    recognition and reconstruction_discriminator None leave the plain GAN whose noise is z and n (Figure 5b).
+
+    prior, objective ("paired": the rows of both pairs share x_hat) and the penalties: as in iae.IAE. positive_gradient
+    moves the generator through the positive pair too. Figure 10 has local_size = noise_size = 0.
+    """
+
+    def __init__(self, generator: nn.Module, recognition: nn.Module | None,
+                 reconstruction_discriminator: nn.Module | None, regularization_discriminator: nn.Module, *,
+                 shape: tuple[int, ...], global_size: int, local_size: int, noise_size: int = 0,
+                 prior: str = "gaussian", objective: str = "gan", penalty: float = 0.0,
+                 regularization_penalty: float | None = None, positive_gradient: bool = False,
+                 reconstruction_weight: float = 1.0):
+        super().__init__()
+        self.generator, self.recognition = generator, recognition
+        self.reconstruction_discriminator = reconstruction_discriminator
+        self.regularization_discriminator = regularization_discriminator
+        self.shape = tuple(shape)
+        self.global_size, self.local_size, self.noise_size, self.prior = global_size, local_size, noise_size, prior
+        self.objective, self.penalty, self.positive_gradient = objective, penalty, positive_gradient
+        self.reconstruction_weight = reconstruction_weight
+        self.regularization_penalty = penalty if regularization_penalty is None else regularization_penalty
+
+    @classmethod
+    def for_images(cls, shape: tuple[int, int, int], global_size: int, local_size: int, noise_size: int = 0,
+                   prior: str = "gaussian", conditioning: str | None = None, batch_norm: bool = True,
+                   **options) -> "FIAE":
+        """The model with Appendix D.2's networks for images of `shape`; `options` are the constructor's.
+
+        conditioning as in iae.IAE.for_images. Raises ValueError for a negative size or no latent code.
+        """
+        if min(local_size, noise_size) < 0 or global_size < 1:
+            raise ValueError("code sizes: the latent code needs at least 1, local and noise sizes at least 0")
+        conditioning = conditioning or ("dependent" if prior == "gaussian" else "invariant")
+        return cls(Decoder(shape, global_size, local_size), Encoder(shape, global_size, noise_size, prior),
+                   JointDiscriminator(shape, global_size, conditioning, batch_norm),
+                   JointDiscriminator(shape, 0, batch_norm=batch_norm), shape=shape, global_size=global_size,
+                   local_size=local_size, noise_size=noise_size, prior=prior, **options)
+
+    def encode(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
+        """A sample z_hat ~ q(z|x), (batch, global_size), of x (batch, *shape) in the generator's range.
+
+        eps (batch, noise_size) is drawn from N(0, I) where it is not given.
+        """
+        if eps is None and self.noise_size:
+            eps = torch.randn(*x.shape[:x.dim() - len(self.shape)], self.noise_size, device=x.device)
+        return self.recognition(x, eps).float()
+
+    def decode(self, z: Tensor, n: Tensor | None = None) -> Tensor:
+        """A sample x_hat ~ p(x|z), (batch, *shape), from codes z (batch, global_size).
+
+        n (batch, local_size) is drawn from N(0, I) where it is not given.
+        """
+        if n is None and self.local_size:
+            n = torch.randn(*z.shape[:-1], self.local_size, device=z.device)
+        return self.generator(z, n).float()
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """x (batch, *shape) through q(z|x), then p(x|z), as in Figure 10; one draw where there is noise."""
+        return self.decode(self.encode(x))
+
+    def sample_codes(self, *batch: int) -> Tensor:
+        """z ~ p(z), (*batch, global_size)."""
+        return sample_prior(self.prior, *batch, self.global_size, device=next(self.parameters()).device)
+
+    def sample(self, count: int) -> Tensor:
+        """x ~ p(x), (count, *shape)."""
+        return self.decode(self.sample_codes(count))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(z, x_hat, z_hat) of Figure 7, one row for each row of x, whose values are not looked at.
+
+        z ~ p(z) and x_hat ~ p(x|z), so (x_hat, z) ~ p(x, z); z_hat ~ q(z|x_hat), so (x_hat, z_hat) ~ s(x, z) (Eq. 11).
+        """
+        z = self.sample_codes(*x.shape[:x.dim() - len(self.shape)])
+        x_hat = self.decode(z)
+        return z, x_hat, self.encode(x_hat) if self.recognition is not None else None
+
+    def discriminator_losses(self, x: Tensor, z: Tensor, x_hat: Tensor, z_hat: Tensor | None) -> dict[str, Tensor]:
+        """What the two discriminators descend, for data x and the model's (z, x_hat, z_hat): all constants here."""
+        losses = {}
+        if self.reconstruction_discriminator is not None:
+            losses["reconstruction_discriminator"] = discriminate(
+                self.reconstruction_discriminator, real=(x_hat, z), fake=(x_hat, z_hat),
+                objective=self.objective, penalty=self.penalty)
+        # x and x_hat share nothing row by row, so "paired" has no meaning here: Eq. 1 takes its place.
+        losses["regularization_discriminator"] = discriminate(
+            self.regularization_discriminator, real=(x,), fake=(x_hat,),
+            objective="gan" if self.objective == "paired" else self.objective, penalty=self.regularization_penalty)
+        return losses
+
+    def autoencoder_losses(self, x: Tensor, z: Tensor, x_hat: Tensor, z_hat: Tensor | None) -> dict[str, Tensor]:
+        """What generator and recognition network descend (Eq. 15), for (z, x_hat, z_hat) with their gradients.
+
+        reconstruction   KL(p(x, z) || s(x, z)), moves both
+        regularization   KL(p(x) || p_data), moves the generator alone
+        """
+        losses = {}
+        if self.recognition is not None:
+            losses["reconstruction"] = self.reconstruction_weight * self.reconstruction_loss(z, x_hat, z_hat)
+        fake = self.regularization_discriminator(x_hat)
+        losses["regularization"] = generator_loss(None, fake, "gan" if self.objective == "paired" else self.objective)
+        return losses
+
+    def reconstruction_loss(self, z: Tensor, x_hat: Tensor, z_hat: Tensor) -> Tensor:
+        """-log D(x_hat, z_hat): reaches the recognition network by z_hat, the generator by x_hat and through z_hat."""
+        fake, real = self.reconstruction_discriminator(x_hat, z_hat), None
+        if self.positive_gradient:
+            real = self.reconstruction_discriminator(x_hat, z)
+        elif self.objective == "paired":
+            with torch.no_grad():
+                real = self.reconstruction_discriminator(x_hat, z)
+        return generator_loss(real, fake, self.objective)
+
+
+class InfoGAN(FIAE):
+    """InfoGAN as Section 3 reads it (Eq. 13): the FIAE with an explicit q(z|x), and -log q(z|x_hat) for its second GAN.
+
+    recognition(x, None) returns the posterior's parameters: (batch, 2 * global_size), mean and log deviation of a
+    factorized Gaussian, both learned (footnote 2), or for a categorical prior the logits (batch, global_size).
+    reconstruction_discriminator is None and noise_size 0. Eq. 13's H(z|x) is left out: the cost bounds nothing.
+    """
+
+    @classmethod
+    def for_images(cls, shape: tuple[int, int, int], global_size: int, local_size: int, prior: str = "gaussian",
+                   batch_norm: bool = True, **options) -> "InfoGAN":
+        """As FIAE.for_images, with the same generator and D(x); the recognition network ends in its linear layer."""
+        if local_size < 0 or global_size < 1:
+            raise ValueError("code sizes: the latent code needs at least 1, the local size at least 0")
+        recognition = Encoder(shape, 2 * global_size if prior == "gaussian" else global_size, prior=prior)
+        recognition.head[-1] = nn.Identity()  # in place of the BatchNorm or softmax
+        return cls(Decoder(shape, global_size, local_size), recognition, None,
+                   JointDiscriminator(shape, 0, batch_norm=batch_norm), shape=shape, global_size=global_size,
+                   local_size=local_size, prior=prior, **options)
+
+    def posterior(self, x: Tensor) -> Distribution:
+        """q(z|x) as a distribution over codes (batch, global_size), for x (batch, *shape)."""
+        parameters = self.recognition(x, None).float()
+        if self.prior == "categorical":
+            return OneHotCategorical(logits=parameters, validate_args=False)
+        mean, log_deviation = parameters.chunk(2, dim=-1)  # (batch, global_size) each
+        return Independent(Normal(mean, log_deviation.exp(), validate_args=False), 1, validate_args=False)
+
+    def encode(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
+        """A sample z_hat ~ q(z|x), (batch, global_size), without gradient; eps is not used."""
+        return self.posterior(x).sample()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
+        """(z, x_hat, None): the cost needs the density q(z|x_hat), no sample of it."""
+        z = self.sample_codes(*x.shape[:x.dim() - len(self.shape)])
+        return z, self.decode(z), None
+
+    def reconstruction_loss(self, z: Tensor, x_hat: Tensor, z_hat: None = None) -> Tensor:
+        """E[-log q(z|x_hat)], Eq. 13: reaches the recognition network, and the generator by x_hat."""
+        return -self.posterior(x_hat).log_prob(z).mean()

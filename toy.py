@@ -1,0 +1,676 @@
+"""The paper's two toys, as pictures and as numbers: a mixture of Gaussians (Figure 5) and four points (Figures 8, 9).
+
+    python toy.py                        mixture and four-points, seed 0
+    python toy.py mixture --seeds 0 1 2  GAN and IAE with the same decoder on seven Gaussians
+    python toy.py four-points            InfoGAN and FIAE with a 2-D Gaussian code on the points (+-1, +-1)
+    python toy.py standards              IAE on the ring of 8 and the grid of 25, beside published numbers
+    python toy.py ablation               from the paper's losses to the recipe, one piece at a time
+
+Every network has one more dimension in front, the seeds: x is (seeds, batch, 2), and all seeds train in one pass. They
+share no weight, no statistic and no row. A seed alone decides its initial weights; the noise of training is one stream
+for all seeds of a command, so a run repeats by its whole command.
+"""
+
+import argparse
+import json
+import math
+import platform
+import shlex
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fiae import FIAE, InfoGAN
+from iae import IAE
+
+
+# ---------------------------------------------------------------------------------- metrics that are not toys' alone
+
+def mmd_test(a: Tensor, b: Tensor, permutations: int = 100, bandwidths: tuple[float, ...] = (0.5, 1, 2),
+             chunk: int = 32) -> tuple[float, float, float]:
+    """Two-sample test by the maximum mean discrepancy: (mmd, floor, p) of samples a and b, both (count, dim).
+
+    mmd    unbiased estimate of the squared MMD (Gretton et al. 2012, Eq. 3), RBF kernels of the bandwidths averaged;
+           0 on average for equal distributions, so it may be negative
+    floor  its 95 % quantile under random exchanges of a and b: what equal distributions stay below 19 times in 20
+    p      share of exchanges that reach mmd, itself counted
+
+    Memory grows with chunk * count, time with count squared. Raises ValueError unless the counts agree and are >= 2.
+    """
+    count = len(a)
+    if len(b) != count or count < 2:
+        raise ValueError(f"two samples of {len(a)} and {len(b)} rows: the counts must agree and be at least 2")
+    pooled = torch.cat([a, b]).float()
+    in_a = torch.zeros(2 * count, 1 + permutations)  # column 0 the split as it is, then random ones
+    in_a[:count, 0] = 1
+    for column in range(1, 1 + permutations):
+        in_a[torch.randperm(2 * count)[:count], column] = 1
+    within_a, from_a, total = 0.0, 0.0, 0.0  # sums of the kernel over a x a, over a x all, over all x all
+    for rows, members in zip(pooled.split(chunk), in_a.split(chunk)):
+        squares = torch.cdist(rows, pooled).square()  # (chunk, 2 * count)
+        kernel = sum((squares * (-0.5 / h**2)).exp() for h in bandwidths) / len(bandwidths)
+        to_all = kernel.sum(1, keepdim=True).double()  # (chunk, 1)
+        within_a = within_a + (members * (kernel @ in_a)).sum(0).double()
+        from_a = from_a + (members * to_all).sum(0)
+        total = total + to_all.sum()
+    within_b, between = total - 2 * from_a + within_a, from_a - within_a
+    pairs = count * (count - 1)  # without the diagonal, whose kernel is 1
+    values = (within_a + within_b - 2 * count) / pairs - 2 * between / count**2
+    floor = values[1:].quantile(0.95).item() if permutations else math.nan
+    return values[0].item(), floor, (values >= values[0]).double().mean().item()
+
+
+def mmd(a: Tensor, b: Tensor, bandwidths: tuple[float, ...] = (0.5, 1, 2)) -> float:
+    """Unbiased squared MMD of samples a and b, both (count, dim): the first number of `mmd_test`."""
+    return mmd_test(a, b, 0, bandwidths)[0]
+
+
+def normalized_mutual_information(a: Tensor, b: Tensor) -> float:
+    """I(a; b) / sqrt(H(a) H(b)) of two labellings, (count,) integers >= 0; in [0, 1], and 0 where one is constant."""
+    joint = torch.zeros(int(a.max()) + 1, int(b.max()) + 1, dtype=torch.double)
+    joint.index_put_((a, b), torch.ones((), dtype=torch.double), accumulate=True)
+    joint /= len(a)
+    entropy = lambda p: -torch.special.xlogy(p, p).sum().item()  # noqa: E731
+    h_a, h_b = entropy(joint.sum(1)), entropy(joint.sum(0))
+    return max(0.0, h_a + h_b - entropy(joint)) / math.sqrt(h_a * h_b) if h_a > 0 and h_b > 0 else 0.0
+
+
+# ---------------------------------------------------------------------------------------------- data, networks, recipe
+
+def circle(count: int, radius: float) -> Tensor:
+    """`count` points evenly on a circle, (count, 2)."""
+    angle = torch.arange(count) * (2 * math.pi / count)
+    return radius * torch.stack([angle.cos(), angle.sin()], 1)
+
+
+#       the modes (K, 2) and the standard deviation of the Gaussian around each
+DATA = {
+    "mixture": (circle(7, 2.0), 0.2),
+    "ring": (circle(8, 1.0), 0.01),
+    "grid": (torch.cartesian_prod(*[torch.arange(-2.0, 3)] * 2), 0.025),  # spacing 2, deviation .05, in half units
+    "four-points": (torch.tensor([[1.0, 1], [-1, 1], [-1, -1], [1, -1]]), 0.1),
+}
+
+# Adam's betas; (gamma at the first step, at the last) of the penalty gamma / 2 (R1 + R2) on every discriminator, moved
+# geometrically; whether the rate falls to 0 as a parabola. Each of the first five adds one piece to the one before.
+#                     objective  betas      penalty      decay
+RECIPES = {
+    "paper":    dict(objective="gan", betas=(0.5, 0.99), penalty=(0, 0), decay=False),  # Eq. 1 and 9, nothing else
+    "penalty":  dict(objective="gan", betas=(0.5, 0.99), penalty=(0.1, 0.1), decay=False),
+    "annealed": dict(objective="gan", betas=(0.5, 0.99), penalty=(1, None), decay=False),  # None: deviation^2 / 2
+    "decayed":  dict(objective="gan", betas=(0.5, 0.99), penalty=(1, None), decay=True),
+    "stable":   dict(objective="gan", betas=(0.0, 0.99), penalty=(1, None), decay=True),  # no momentum
+    "kl":       dict(objective="kl", betas=(0.0, 0.99), penalty=(1, None), decay=True),  # Nowozin et al. 2016
+}
+
+#                  for             mixture        ring        grid        four-points
+STEPS = dict(zip(DATA, (2500, 5000, 6000, 3000)))
+WIDTHS = dict(zip(DATA, (64, 96, 128, 64)))
+RATES = dict(zip(DATA, (3e-3, 1e-3, 6e-3, 2e-3)))
+INFO_WEIGHT = 0.01
+
+
+class MLP(nn.Module):
+    """A ReLU network for each seed, batched: (seeds, batch, inputs) to (seeds, batch, outputs), or (seeds, batch) of 1.
+
+    Takes its input in parts, any of them None, as iae.py's networks are called: f(x, eps), g(z, n), D(x, z), D(z).
+    He's initialization, drawn from one torch.Generator a seed; the first layer's biases are N(0, 1), so that its kinks
+    lie all over the data and do not all meet at the origin.
+    """
+
+    def __init__(self, generators: list[torch.Generator], inputs: int, outputs: int, width: int, depth: int = 2,
+                 softmax: bool = False):
+        super().__init__()
+        sizes = [inputs] + [width] * depth + [outputs]
+        gains = [math.sqrt(2 / size) for size in sizes[:-2]] + [math.sqrt(1 / sizes[-2])]
+        self.weights = nn.ParameterList(
+            torch.stack([gain * torch.randn(rows, columns, generator=g) for g in generators])  # (seeds, rows, columns)
+            for gain, rows, columns in zip(gains, sizes, sizes[1:]))
+        first = torch.stack([torch.randn(1, width, generator=g) for g in generators])
+        self.biases = nn.ParameterList([first] + [torch.zeros(len(generators), 1, columns) for columns in sizes[2:]])
+        self.softmax = softmax
+
+    def forward(self, *parts: Tensor | None) -> Tensor:
+        h = torch.cat([part for part in parts if part is not None], dim=-1)  # (seeds, batch, inputs)
+        for bias, weight in zip(self.biases[:-1], self.weights):
+            h = torch.baddbmm(bias, h, weight).relu()  # (seeds, batch, width)
+        h = torch.baddbmm(self.biases[-1], h, self.weights[-1])
+        return h.softmax(-1) if self.softmax else h.squeeze(-1)
+
+
+class AdditiveNoise(nn.Module):
+    """p(x|z) = N(network(z), deviation^2): the four points' generator. Its local noise n, (seeds, batch, 2), is the
+    small noise that the data carry too, so z cannot be written into deviations of x that are smaller."""
+
+    def __init__(self, network: nn.Module, deviation: float):
+        super().__init__()
+        self.network, self.deviation = network, deviation
+
+    def forward(self, z: Tensor, n: Tensor) -> Tensor:
+        return self.network(z) + self.deviation * n  # (seeds, batch, 2)
+
+
+def mixture_model(kind: str, seeds: list[int], codes: int, local: int, width: int, **options) -> IAE | FIAE:
+    """"IAE" or "GAN" of Figure 5 with the same decoder: a categorical code of `codes`, a Gaussian one of `local`."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    sizes = dict(shape=(2,), global_size=codes, local_size=local, prior="categorical")
+    decoder = MLP(generators, codes + local, 2, width)
+    if kind == "GAN":
+        return FIAE(decoder, None, None, MLP(generators, 2, 1, width), **sizes, **options)
+    return IAE(MLP(generators, 2, codes, width, softmax=True), decoder, MLP(generators, 2 + codes, 1, width),
+               MLP(generators, codes, 1, width), **sizes, **options)
+
+
+def four_points_model(kind: str, seeds: list[int], deviation: float, width: int, info_weight: float, **options) -> FIAE:
+    """"FIAE" (eps of size 4) or "InfoGAN" of Figures 8 and 9: a 2-D Gaussian code, x (2,)."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    sizes = dict(shape=(2,), global_size=2, local_size=2)
+    generator = AdditiveNoise(MLP(generators, 2, 2, width, depth=3), deviation)
+    critic = MLP(generators, 2, 1, width)
+    if kind == "InfoGAN":
+        recognition = MLP(generators, 2, 4, width, depth=3)  # mean and log deviation
+        return InfoGAN(generator, recognition, None, critic, reconstruction_weight=info_weight, **sizes, **options)
+    recognition = MLP(generators, 2 + 4, 2, width, depth=3)
+    joint = MLP(generators, 2 + 2, 1, width, depth=3)
+    return FIAE(generator, recognition, joint, critic, noise_size=4, **sizes, **options)
+
+
+def train(name: str, model: nn.Module, data: str, seeds: int, recipe: dict, options: argparse.Namespace,
+          snapshot) -> list:
+    """The alternating game of iae.py and fiae.py for `options.steps` steps; returns [(step, snapshot(model)), ...].
+
+    Every loss is a mean over seeds and batch; times `seeds` it is each seed's own mean, as if it trained alone.
+    """
+    modes, deviation = DATA[data]
+    start, end = options.penalty or recipe["penalty"]
+    end = deviation**2 / 2 if end is None else end  # gamma has the unit of x^2: fine for the finest scale of the data
+    rate = (options.rate or RATES[data]) * (1 if recipe["decay"] else 1 / 3)  # the mean of the parabola
+    critics = [p for name, p in model.named_parameters() if "discriminator" in name]
+    players = [p for name, p in model.named_parameters() if "discriminator" not in name]
+    optimizers = [torch.optim.Adam(weights, rate, recipe["betas"], fused=True) for weights in (critics, players)]
+    steps = options.steps or STEPS[data]
+    frame_at, frames = {round(steps * share) for share in (0.02, 0.05, 0.1, 0.2, 0.4, 1)}, []
+    began = told = time.time()
+    for step in range(1, steps + 1):
+        progress = step / steps
+        model.penalty = model.regularization_penalty = start * (end / start) ** progress if start else 0.0
+        for optimizer in optimizers if recipe["decay"] else ():
+            optimizer.param_groups[0]["lr"] = rate * (1 - progress) ** 2
+        x = draw(data, seeds, options.batch)
+        outputs = model(x)
+        told_critics = model.discriminator_losses(x, *outputs)
+        optimizers[0].zero_grad()
+        (seeds * sum(told_critics.values())).backward(inputs=critics)
+        optimizers[0].step()
+        told_players = model.autoencoder_losses(x, *outputs)
+        optimizers[1].zero_grad()
+        (seeds * sum(told_players.values())).backward(inputs=players)
+        optimizers[1].step()
+        if step in frame_at:
+            with torch.no_grad():
+                frames.append((step, snapshot(model)))
+        if step == 20 or step == steps or time.time() - told > 10:
+            told = time.time()
+            losses = "  ".join(f"{k.replace('_discriminator', ' D')} {v.item():.3f}"
+                               for k, v in {**told_critics, **told_players}.items())
+            left = (told - began) / step * (steps - step)
+            print(f"  {name:8s} {step:5d}/{steps}  {losses}  {left:.0f} s left", flush=True)
+    return frames
+
+
+def draw(data: str, *size: int) -> Tensor:
+    """x ~ p_data, (*size, 2)."""
+    modes, deviation = DATA[data]
+    return modes[torch.randint(len(modes), size)] + deviation * torch.randn(*size, 2)
+
+
+# ------------------------------------------------------------------------------------------------ numbers of Figure 5
+
+def mean_distance(r: Tensor, deviation: float) -> Tensor:
+    """E |y| for y ~ N(m, deviation^2 I) in the plane with |m| = r, exactly (the mean of a Rice distribution)."""
+    t = (r / (2 * deviation)).square()
+    return deviation * math.sqrt(math.pi / 2) * ((1 + 2 * t) * torch.special.i0e(t) + 2 * t * torch.special.i1e(t))
+
+
+def energy_distance(x: Tensor, modes: Tensor, deviation: float) -> float:
+    """2 E|x - y| - E|x - x'| - E|y - y'| between samples x (count, 2) and the exact mixture y; about 0 where equal."""
+    cross = mean_distance(torch.cdist(x, modes), deviation).mean()
+    within = mean_distance(torch.cdist(modes, modes), math.sqrt(2) * deviation).mean()
+    return (2 * cross - torch.pdist(x).mean() - within).item()
+
+
+def mixture_numbers(x: Tensor, code: Tensor, modes: Tensor, deviation: float) -> dict[str, float]:
+    """What decides Figure 5, of one seed's samples x (count, 2) and the codes (count,) that they came from.
+
+    good          share within three deviations of a mode (the data themselves: 98.9 %)
+    modes         modes with a good sample
+    spread_*      deviation of a mode's good samples over the same of the data, (1 - 4.5 e^-4.5 / (1 - e^-4.5))^.5
+                  deviations; least and largest of the modes, and _thin in a mode's thinnest direction; 0 = collapsed
+    bridge        share beyond four deviations of every mode (the data: .03 %)
+    nmi           of the code and the nearest mode
+    energy        energy distance to the exact density
+    reverse_kl    KL(share of each mode || uniform), nats
+    """
+    distance, mode = torch.cdist(x, modes).min(1)  # (count,) both
+    good = distance < 3 * deviation
+    truth = deviation * math.sqrt(1 - 4.5 * math.exp(-4.5) / (1 - math.exp(-4.5)))
+    spread, thin = [], []
+    for k in range(len(modes)):
+        points = x[good & (mode == k)]
+        variances = torch.linalg.eigvalsh(torch.cov(points.T)) if len(points) > 2 else torch.zeros(2)
+        spread.append(variances.mean().clamp(min=0).sqrt().item() / truth)
+        thin.append(variances[0].clamp(min=0).sqrt().item() / truth)
+    share = torch.bincount(mode, minlength=len(modes)) / len(x)
+    return dict(good=good.double().mean().item(), modes=len(mode[good].unique()), spread_min=min(spread),
+                spread_max=max(spread), spread_thin=min(thin), bridge=(distance > 4 * deviation).double().mean().item(),
+                nmi=normalized_mutual_information(code, mode), energy=energy_distance(x[:5000], modes, deviation),
+                reverse_kl=torch.special.xlogy(share, share * len(modes)).sum().item())
+
+
+def clustering_accuracy(code: Tensor, mode: Tensor) -> float:
+    """Share of data whose code (count,) names its mode (count,), each code standing for the mode it holds most of."""
+    joint = torch.zeros(int(code.max()) + 1, int(mode.max()) + 1)
+    joint.index_put_((code, mode), torch.ones(()), accumulate=True)
+    return (joint.max(1).values.sum() / len(code)).item()
+
+
+@torch.no_grad()
+def run_mixture(data: str, kinds: tuple[str, ...], recipe: dict, options: argparse.Namespace, count: int, local: int):
+    """Train and measure `kinds` on a mixture: numbers {model: {metric: [one a seed]}} and pictures {name: tensors}."""
+    (modes, deviation), seeds = DATA[data], options.seeds
+    x, numbers, pictures = draw(data, len(seeds), count), {}, {}
+    nearest = torch.cdist(x, modes).argmin(-1)  # (seeds, count)
+    numbers["data"] = each_seed(lambda s: mixture_numbers(x[s], nearest[s], modes, deviation), seeds)
+
+    def sample(model: nn.Module) -> tuple[Tensor, Tensor]:
+        z = model.sample_codes(len(seeds), count)
+        return model.decode(z), z.argmax(-1)  # (seeds, count, 2), (seeds, count)
+
+    for kind in kinds:
+        torch.manual_seed(seeds[0])
+        width = options.width or WIDTHS[data]
+        model = mixture_model(kind, seeds, len(modes), local, width, objective=recipe["objective"])
+        with torch.enable_grad():
+            frames = train(kind, model, data, len(seeds), recipe, options,
+                           lambda model: [part[0, :1500] for part in sample(model)])
+        x_hat, code = sample(model)
+        numbers[kind] = each_seed(lambda s: mixture_numbers(x_hat[s], code[s], modes, deviation), seeds)
+        if kind == "IAE":
+            inferred = model.encode(x).argmax(-1)  # (seeds, count)
+            numbers[kind]["accuracy"] = [clustering_accuracy(inferred[s], nearest[s]) for s in range(len(seeds))]
+            pictures["encoder"] = x[0], inferred[0]
+        pictures[kind], pictures[kind + " frames"] = (x_hat[0], code[0]), frames
+    return numbers, pictures
+
+
+def each_seed(measure, seeds: list[int]) -> dict[str, list[float]]:
+    """{metric: [one number a seed]} of measure(index of the seed), a dictionary."""
+    rows = [measure(index) for index in range(len(seeds))]
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+# --------------------------------------------------------------------------------------- numbers of Figures 8 and 9
+
+def border_alignment(network: nn.Module, points: Tensor, seeds: int, side: int = 200) -> list[float]:
+    """How axis-aligned the borders between the true posteriors are, for each seed: the mean of cos 4 theta.
+
+    theta is the direction of the border's normal; the mean is over the length of the borders, weighted by the density
+    of p(z). 1: every border parallel to an axis (quadrants and parallel strips alike); -1: every border diagonal;
+    0: no preference. network maps z (seeds, batch, 2) to noiseless x; a border separates different nearest points.
+    """
+    axis = torch.linspace(-3, 3, side)
+    z = torch.cartesian_prod(axis, axis).expand(seeds, -1, -1).clone().requires_grad_()  # (seeds, side * side, 2)
+    squares = torch.cdist(network(z), points.expand(seeds, -1, -1)).square()  # (seeds, side * side, points)
+    label = squares.detach().argmin(-1).unflatten(1, (side, side))  # (seeds, side, side)
+    total = weight = torch.zeros(seeds)
+    for dim in (1, 2):  # cells whose next neighbour along this axis has another label lie on a border
+        other = label.roll(-1, dim)
+        on_border = label != other
+        on_border.select(dim, -1).zero_()
+        pair = squares.gather(2, torch.stack([label, other], -1).flatten(1, 2))  # (seeds, side * side, 2)
+        normal, = torch.autograd.grad((pair[..., 0] - pair[..., 1]).sum(), z, retain_graph=True)
+        theta = torch.atan2(normal[..., 1], normal[..., 0])
+        # A border of normal theta meets |cos| + |sin| cells per unit of its length.
+        density = (-0.5 * z.detach().square().sum(-1)).exp() / (theta.cos().abs() + theta.sin().abs())
+        density = density * on_border.flatten(1)
+        total, weight = total + (density * (4 * theta).cos()).sum(1), weight + density.sum(1)
+    return (total / weight.clamp(min=1e-12)).tolist()
+
+
+def overlap(q: Tensor) -> float:
+    """Share of the mass of q (points, count, 2), one posterior a point, where another point's is the denser: the error
+    of guessing the point from z. Densities by histogram, cells of .2; 0 disjoint, .75 all four alike."""
+    cells = ((q.nan_to_num().clamp(-4, 3.999) + 4) / 0.2).long()  # (points, count, 2), 40 x 40 cells
+    counts = torch.stack([torch.bincount(c[:, 0] * 40 + c[:, 1], minlength=1600) for c in cells])  # (points, 1600)
+    return 1 - (counts.max(0).values.sum() / counts.sum()).item()
+
+
+def true_posterior(network_of_z: Tensor, z: Tensor, point: Tensor, deviation: float) -> Tensor:
+    """Exact samples of p(z|x = point) among z ~ p(z), (count, 2), by rejection: kept with p(x|z) / max p(x|z)."""
+    keep = torch.rand(len(z)) < (-(network_of_z - point).square().sum(-1) / (2 * deviation**2)).exp()
+    return z[keep]
+
+
+@torch.no_grad()
+def run_four_points(kinds: tuple[str, ...], recipe: dict, options: argparse.Namespace, count: int = 10000,
+                    permutations: int = 100):
+    """Train and measure `kinds` on the four points. Returns numbers and pictures as `run_mixture` does.
+
+    distance     mean distance of the generator's noiseless output to the nearest of the four points, z ~ p(z)
+    share_min    least share of a point in these (ideal .25)
+    agreement    share of z ~ q(z|x_i) that the generator maps nearest to x_i: mass of q in its own true region
+    overlap      of the four q(z|x_i), and true_overlap of the four p(z|x_i)
+    mmd, mmd_floor, mmd_p                  `mmd_test` of q(z), with x from the data, against p(z), 10,000 samples each
+    posterior_mmd, _floor, _p              the same of q(z|x_i) against p(z|x_i) by rejection: mean over the four points
+    alignment    of the true posterior's borders
+    """
+    (points, deviation), seeds = DATA["four-points"], options.seeds
+    numbers, pictures = {}, {}
+
+    def posteriors(model: nn.Module, rows: int) -> Tensor:
+        return model.encode(points.repeat_interleave(rows, 0).expand(len(seeds), -1, -1)).unflatten(1, (4, rows))
+
+    for kind in kinds:
+        torch.manual_seed(seeds[0])
+        model = four_points_model(kind, seeds, deviation, options.width or WIDTHS["four-points"], options.info_weight,
+                                  objective=recipe["objective"])
+        with torch.enable_grad():
+            frames = train(kind, model, "four-points", len(seeds), recipe, options,
+                           lambda model: posteriors(model, 400)[0])
+            alignment = border_alignment(model.generator.network, points, len(seeds))
+        network = model.generator.network
+        z = torch.randn(len(seeds), 4 * count, 2)
+        x_hat = network(z)  # (seeds, 4 * count, 2), noiseless
+        distance, label = torch.cdist(x_hat, points.expand(len(seeds), -1, -1)).min(-1)
+        q = posteriors(model, count)  # (seeds, 4, count, 2)
+        back = torch.cdist(network(q.flatten(1, 2)), points.expand(len(seeds), -1, -1)).argmin(-1)
+        agreement = (back.unflatten(1, (4, count)) == torch.arange(4)[:, None]).double().mean((1, 2))
+        aggregated = model.encode(draw("four-points", len(seeds), count))  # q(z), (seeds, count, 2)
+
+        def measure(s: int) -> dict[str, float]:
+            tests = []
+            true = [true_posterior(x_hat[s], z[s], point, deviation) for point in points]
+            for p, q_i in zip(true, q[s]):
+                rows = min(len(p), 2500)
+                tests.append(mmd_test(q_i[:rows], p[:rows], permutations) if rows > 100 else (math.nan,) * 3)
+            to_prior = mmd_test(aggregated[s], torch.randn(count, 2), permutations)
+            rows = max(1, min(map(len, true)))
+            return dict(distance=distance[s].mean().item(), agreement=agreement[s].item(), overlap=overlap(q[s]),
+                        share_min=torch.bincount(label[s], minlength=4).min().item() / (4 * count),
+                        true_overlap=overlap(torch.stack([p[:rows] for p in true])) if rows > 100 else math.nan,
+                        alignment=alignment[s], **dict(zip(("mmd", "mmd_floor", "mmd_p"), to_prior)),
+                        **{"posterior_" + key: sum(test[i] for test in tests) / 4
+                           for i, key in enumerate(("mmd", "floor", "p"))})
+
+        numbers[kind] = each_seed(measure, seeds)
+        pictures[kind] = ([true_posterior(x_hat[0], z[0], point, deviation)[:1500] for point in points],
+                          list(q[0, :, :1500]), model.generator(z[0:1, :1500].expand(len(seeds), -1, -1),
+                                                                torch.randn(len(seeds), 1500, 2))[0], label[0, :1500])
+        pictures[kind + " frames"] = frames
+    return numbers, pictures
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+FOUR = ("#3b6fb6", "#e08a2e", "#3f9c6d", "#c2504f")  # one colour a point
+INK = "#333333"
+plt.rcParams.update({"font.size": 8, "axes.titlesize": 9, "axes.edgecolor": "#cccccc", "text.color": INK,
+                     "axes.titlecolor": INK, "font.family": "DejaVu Sans", "savefig.dpi": 150})
+
+
+def colours(labels: Tensor, count: int) -> list:
+    """One colour for each label of `count`: ten that are easy to tell apart, a colour wheel for more."""
+    wheel = plt.get_cmap("hsv")(torch.linspace(0, 0.96, count).numpy())
+    palette = plt.get_cmap("tab10").colors if count <= 10 else wheel
+    return [palette[label] for label in labels.tolist()]
+
+
+def panel(axes, title: str, below: str, points: Tensor, colour, limit: float, size: float = 3) -> None:
+    """One scatter plot: equal axes, no ticks, a title above and the deciding numbers below."""
+    axes.scatter(*points.T, s=size, c=colour, linewidths=0, alpha=0.7, rasterized=True)
+    axes.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
+    axes.set_xlabel(below, fontsize=7, color=INK, linespacing=1.5)
+
+
+def save(figure, folder: Path, name: str) -> None:
+    path = folder / name
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+    print(f"  saved {path}")
+
+
+def summary(numbers: dict[str, list[float]]) -> str:
+    """The numbers under a panel of Figure 5, of the first seed."""
+    first = {key: values[0] for key, values in numbers.items()}
+    return (f"{100 * first['good']:.1f} % good samples, {first['modes']:.0f} modes\n"
+            f"NMI of code and mode {first['nmi']:.3f}\n"
+            f"spread {first['spread_min']:.2f} to {first['spread_max']:.2f} of the data's")
+
+
+def mixture_figure(data: str, numbers: dict, pictures: dict, folder: Path) -> None:
+    """Figure 5, and as a fourth panel what the encoder makes of the data."""
+    modes, deviation = DATA[data]
+    limit, count = modes.abs().max().item() * 1.25 + 3 * deviation, len(modes)
+    kinds = [kind for kind in ("GAN", "IAE") if kind in numbers]
+    figure, axes = plt.subplots(1, 2 + len(kinds), figsize=(2.5 * (2 + len(kinds)), 3))
+    x, inferred = (part[:3000] for part in pictures["encoder"])
+    panel(axes[0], "(a) Data", f"{100 * numbers['data']['good'][0]:.1f} % good samples", x, "#777777", limit)
+    for axis, letter, kind in zip(axes[1:], "bc", kinds):
+        samples, code = (part[:3000] for part in pictures[kind])
+        panel(axis, f"({letter}) {kind} samples by their code", summary(numbers[kind]), samples, colours(code, count),
+              limit)
+    panel(axes[-1], f"({'abcd'[1 + len(kinds)]}) Data by the IAE's encoder",
+          f"clustering accuracy {100 * numbers['IAE']['accuracy'][0]:.2f} %", x, colours(inferred, count), limit)
+    save(figure, folder, f"toy_{data}.png")
+    figure, axes = plt.subplots(len(kinds), 6, figsize=(10, 1.8 * len(kinds)), squeeze=False)
+    for row, kind in zip(axes, kinds):
+        for axis, (step, (samples, code)) in zip(row, pictures[kind + " frames"]):
+            panel(axis, f"{kind}, step {step}", "", samples, colours(code, count), limit, size=2)
+    save(figure, folder, f"toy_{data}_training.png")
+
+
+def four_points_figure(numbers: dict, pictures: dict, folder: Path) -> None:
+    """Figures 8 (InfoGAN) and 9 (FIAE): a row a model; a colour a point."""
+    kinds = [kind for kind in ("InfoGAN", "FIAE") if kind in numbers]
+    figure, axes = plt.subplots(len(kinds), 3, figsize=(8.2, 3.3 * len(kinds)), squeeze=False)
+    for row, kind in zip(axes, kinds):
+        true, variational, x_hat, label = pictures[kind]
+        first = {key: values[0] for key, values in numbers[kind].items()}
+        stack = lambda parts: (torch.cat(parts), [FOUR[i] for i, part in enumerate(parts) for _ in part])  # noqa: E731
+        panel(row[0], f"{kind}: true posterior p(z|x)", f"borders' axis alignment {first['alignment']:+.2f}\n"
+              f"(1 axis-aligned, -1 diagonal)", *stack(true), 3.6)
+        panel(row[1], f"{kind}: variational posterior q(z|x)", f"agreement {100 * first['agreement']:.1f} %, overlap "
+              f"{100 * first['overlap']:.1f} %\nMMD² to p(z) {first['mmd']:.4f} (95 % floor {first['mmd_floor']:.4f})",
+              *stack(variational), 3.6)
+        panel(row[2], f"{kind}: samples x ~ p(x)", f"distance to the four {first['distance']:.3f}\n"
+              f"least share {first['share_min']:.2f}", x_hat, [FOUR[i] for i in label.tolist()], 2)
+    figure.subplots_adjust(hspace=0.3)
+    save(figure, folder, "toy_four_points.png")
+    figure, axes = plt.subplots(len(kinds), 6, figsize=(10, 1.8 * len(kinds)), squeeze=False)
+    for row, kind in zip(axes, kinds):
+        for axis, (step, q) in zip(row, pictures[kind + " frames"]):
+            panel(axis, f"{kind}, step {step}", "", q.flatten(0, 1), [c for c in FOUR for _ in q[0]], 3.6, size=2)
+    save(figure, folder, "toy_four_points_training.png")
+
+
+# ------------------------------------------------------------------------------------------------- tables, files, main
+
+def mean_deviation(values: list[float]) -> tuple[float, float]:
+    """Mean and deviation (n - 1) of the numbers that exist, nan where none does."""
+    values = torch.tensor([value for value in values if not math.isnan(value)], dtype=torch.double)
+    return values.mean().item(), values.std().item() if len(values) > 1 else 0.0
+
+
+def print_table(title: str, numbers: dict[str, dict[str, list[float]]]) -> None:
+    """A row a metric, a column a model: mean +- deviation over the seeds, and the range in brackets."""
+    width = 34 if any(len(values) > 1 for column in numbers.values() for values in column.values()) else 10
+    print(f"\n{title}\n  {'':14s}" + "".join(f"{kind:>{width}s}" for kind in numbers))
+    metrics = list(dict.fromkeys(metric for column in numbers.values() for metric in column))
+    for metric in metrics:
+        cells = []
+        for column in numbers.values():
+            values = column.get(metric, [])
+            mean, deviation = mean_deviation(values)
+            spread = f" +- {deviation:.4f} [{min(values):.3f}, {max(values):.3f}]" if len(values) > 1 else ""
+            cells.append("" if math.isnan(mean) else f"{mean:.4f}{spread}")
+        print(f"  {metric:14s}" + "".join(f"{cell:>{width}s}" for cell in cells))
+
+
+def write_json(path: Path, options: argparse.Namespace, numbers: dict, wall: float) -> None:
+    """Numbers of every seed, and what is needed to get them again."""
+    processor = platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
+    clean = lambda value: None if math.isnan(value) else value  # noqa: E731  (JSON has no nan)
+    results = {kind: {metric: dict(mean=clean(mean_deviation(values)[0]), deviation=clean(mean_deviation(values)[1]),
+                                   per_seed=[clean(value) for value in values])
+                      for metric, values in column.items()} for kind, column in numbers.items()}
+    record = dict(command=shlex.join(["python", "toy.py", *sys.argv[1:]]), seeds=options.seeds, recipe=options.recipe,
+                  wall_seconds=round(wall, 1), hardware=f"{processor}, {torch.get_num_threads()} threads",
+                  versions=dict(python=platform.python_version(), torch=torch.__version__), results=results)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"  saved {path}")
+
+
+# Published numbers, 2,500 samples (Lin et al. 2018, PacGAN, which trained GAN and ALI beside it): modes, good share.
+PUBLISHED = {
+    "ring": "GAN 6.3 modes 98.2 %   ALI 6.6 modes 97.6 %   PacGAN2 7.9 modes 95.6 %",
+    "grid": "GAN 17.3 modes 94.8 %   ALI 24.1 modes 95.7 %   PacGAN4 24.8 modes 93.6 %",
+}
+
+
+def mixture(options: argparse.Namespace) -> None:
+    """Figure 5: GAN and IAE with the same decoder, recipe and steps."""
+    began = time.time()
+    numbers, pictures = run_mixture("mixture", ("GAN", "IAE"), RECIPES[options.recipe], options, count=10000, local=10)
+    print_table("Mixture of seven Gaussians (Figure 5)", numbers)
+    write_json(options.out / "toy_mixture.json", options, numbers, time.time() - began)
+    mixture_figure("mixture", numbers, pictures, options.figures)
+
+
+def four_points(options: argparse.Namespace) -> None:
+    """Figures 8 and 9: InfoGAN and FIAE."""
+    began = time.time()
+    numbers, pictures = run_four_points(("InfoGAN", "FIAE"), RECIPES[options.recipe], options)
+    print_table("Four points (Figures 8 and 9)", numbers)
+    # P(y > 0)^2 of y with the mean (2 / pi)^.5 and the variance 1 - 2 / pi of half a Gaussian, N(0, 1) cut at 0
+    quadrant = (0.5 + 0.5 * math.erf(math.sqrt(1 / (math.pi - 2)))) ** 2
+    print(f"  Gaussians with the moments of four quadrants, whatever their rotation: agreement {quadrant:.3f}.\n"
+          "  More than that means a code smuggled through small deviations of x, or regions that are no quadrants.")
+    write_json(options.out / "toy_four_points.json", options, numbers, time.time() - began)
+    four_points_figure(numbers, pictures, options.figures)
+
+
+def standard(data: str, options: argparse.Namespace) -> None:
+    """The "ring" of 8 or the "grid" of 25: an IAE with as many codes, 2,500 samples, beside published numbers."""
+    began = time.time()
+    numbers, pictures = run_mixture(data, ("IAE",), RECIPES[options.recipe], options, count=2500, local=2)
+    print_table(f"The {data} of {len(DATA[data][0])}, 2,500 samples", numbers)
+    print(f"  published: {PUBLISHED[data]}")
+    write_json(options.out / f"toy_{data}.json", options, numbers, time.time() - began)
+    mixture_figure(data, numbers, pictures, options.figures)
+
+
+def ablation(options: argparse.Namespace) -> None:
+    """Each recipe on both toys: what the paper's losses do alone, and what each added piece changes."""
+    began, mixtures, points = time.time(), {}, {}
+    for name, recipe in RECIPES.items():
+        print(f"recipe {name}: {recipe}")
+        mixtures[name] = run_mixture("mixture", ("IAE",), recipe, options, count=10000, local=10)[0]["IAE"]
+        points[name] = run_four_points(("FIAE",), recipe, options, count=2500, permutations=20)[0]["FIAE"]
+    for weight in (options.info_weight, 1.0):
+        weighted = argparse.Namespace(**{**vars(options), "info_weight": weight})
+        numbers, _ = run_four_points(("InfoGAN",), RECIPES["stable"], weighted, count=2500, permutations=20)
+        points[f"InfoGAN, {weight:g}"] = numbers["InfoGAN"]
+    for title, rows, metrics in (
+            ("Mixture, IAE", mixtures, ("good", "modes", "spread_min", "spread_max", "nmi", "accuracy")),
+            ("Four points, FIAE", points, ("distance", "share_min", "agreement", "mmd", "overlap", "posterior_mmd"))):
+        print(f"\n{title}\n  {'recipe':18s}" + "".join(f"{metric:>20s}" for metric in metrics))
+        for name, column in rows.items():
+            cells = ["{:.4f} +- {:.4f}".format(*mean_deviation(column[metric])) for metric in metrics]
+            print(f"  {name:18s}" + "".join(f"{cell:>20s}" for cell in cells))
+    numbers = {**{f"IAE, {k}": v for k, v in mixtures.items()}, **{f"FIAE, {k}": v for k, v in points.items()}}
+    write_json(options.out / "toy_ablation.json", options, numbers, time.time() - began)
+
+
+TOYS = {"mixture": mixture, "four-points": four_points, "ring": partial(standard, "ring"),
+        "grid": partial(standard, "grid"), "ablation": ablation}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"toy.py: {message}\n")  # one line, without the usage
+
+
+def positive(number_type):
+    """An argparse type: `number_type` above 0."""
+    def parse(text: str):
+        value = number_type(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+    return parse
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of a command line (default: this program's); where they are bad, one line and exit status 2."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("toys", nargs="*", metavar="toy",
+                        help=f"any of {', '.join(TOYS)}, standards (ring and grid); default: mixture four-points")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0],
+                        help="all train in one pass, the figures show the first (default: 0)")
+    parser.add_argument("--recipe", choices=RECIPES, default="stable",
+                        help="stable (default): penalties R1 and R2, annealed, a falling rate, no momentum; paper: "
+                        "Eq. 1 and 9 and Adam, nothing else; kl: stable with the KL f-GAN in place of Eq. 1; "
+                        "penalty, annealed, decayed: the steps from paper to stable")
+    parser.add_argument("--steps", type=positive(int), help=f"default {STEPS}")
+    parser.add_argument("--batch", type=positive(int), default=256, help="rows a step and seed (default 256)")
+    parser.add_argument("--width", type=positive(int), help=f"hidden units of every layer, default {WIDTHS}")
+    parser.add_argument("--rate", type=positive(float),
+                        help=f"Adam's learning rate, default {RATES}; recipes that keep it constant take a third of it")
+    parser.add_argument("--penalty", type=positive(float), nargs=2, metavar=("START", "END"),
+                        help="gamma of the penalty at the first and last step, in place of the recipe's")
+    parser.add_argument("--info-weight", type=positive(float), default=INFO_WEIGHT,
+                        help="weight of InfoGAN's reconstruction cost beside its GAN "
+                        f"(default {INFO_WEIGHT}; with 1 it smuggles the code through x)")
+    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder of the JSON (default runs/toy)")
+    parser.add_argument("--figures", type=Path, help="folder of the figures (default: that of --out)")
+    options = parser.parse_args(arguments)
+    options.figures = options.figures or options.out
+    options.toys = [name for toy in options.toys or ["mixture", "four-points"]
+                    for name in (("ring", "grid") if toy == "standards" else (toy,))]
+    for toy in options.toys:
+        if toy not in TOYS:
+            parser.error(f"no toy is called {toy!r}: use {', '.join(TOYS)} or standards")
+    if min(options.seeds) < 0 or len(set(options.seeds)) < len(options.seeds):
+        parser.error("--seeds: each once, and none below 0")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options, began = parse(arguments), time.time()
+    for folder in (options.out, options.figures):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".toy").touch()  # before the training, not after it
+            (folder / ".toy").unlink()
+        except OSError as error:
+            Parser().error(f"cannot write to {folder}: {error.strerror}")
+    for toy in dict.fromkeys(options.toys):
+        print(f"{toy}: recipe {options.recipe}, seeds {' '.join(map(str, options.seeds))}", flush=True)
+        TOYS[toy](options)
+    print(f"done in {time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
