@@ -113,9 +113,9 @@ RECIPES = {
 }
 
 #                  for             mixture        ring        grid        four-points
-STEPS = dict(zip(DATA, (2500, 5000, 6000, 3000)))
+STEPS = dict(zip(DATA, (2500, 10000, 6000, 3000)))
 WIDTHS = dict(zip(DATA, (64, 96, 128, 64)))
-RATES = dict(zip(DATA, (3e-3, 1e-3, 6e-3, 2e-3)))
+RATES = dict(zip(DATA, (3e-3, 2e-3, 6e-3, 2e-3)))
 INFO_WEIGHT = 0.01
 
 
@@ -536,7 +536,7 @@ def write_json(path: Path, options: argparse.Namespace, numbers: dict, wall: flo
                                    per_seed=[clean(value) for value in values])
                       for metric, values in column.items()} for kind, column in numbers.items()}
     record = dict(command=shlex.join(["python", "toy.py", *sys.argv[1:]]), seeds=options.seeds, recipe=options.recipe,
-                  wall_seconds=round(wall, 1), hardware=f"{processor}, {torch.get_num_threads()} threads",
+                  wall_seconds=round(wall, 1), hardware=f"{processor}, {torch.get_num_threads()} thread(s)",
                   versions=dict(python=platform.python_version(), torch=torch.__version__), results=results)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"  saved {path}")
@@ -659,6 +659,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options, began = parse(arguments), time.time()
+    torch.set_num_threads(1)  # the matrices are too small to be worth a second thread
     for folder in (options.out, options.figures):
         try:
             folder.mkdir(parents=True, exist_ok=True)
