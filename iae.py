@@ -222,6 +222,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, objective: str = "gan") -> Te
     gan     -log D(real) - log(1 - D(fake)), the negative of Eq. 1; at its least 2 ln 2 - 2 JSD
     paired  -log sigmoid(real - fake), relativistic: row i of both holds the same z_hat, and what they share cancels
     kl      the f-GAN bound on KL(real || fake), Section 2's remark on Nowozin et al. 2016: exp(T - 1) - T, T the logit
+            (for a regularization GAN, whose prior is the real side, the reverse of the paper's direction)
     """
     if objective == "gan":
         return F.softplus(-real).mean() + F.softplus(fake).mean()
