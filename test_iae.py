@@ -38,6 +38,7 @@ from fiae import FIAE, InfoGAN
 from iae import IAE, CodeDiscriminator, Decoder, Encoder, JointDiscriminator
 
 HERE = pathlib.Path(__file__).parent
+torch.set_num_threads(1)  # the tensors are small: on a busy machine a second thread costs more than it brings
 
 MNIST, SVHN, CELEBA, SMALL = (1, 28, 28), (3, 32, 32), (3, 48, 48), (1, 16, 16)
 
@@ -517,7 +518,7 @@ def test_sigterm_saves_a_whole_step_and_says_how_to_resume(digits, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, HERE / "train.py", "--dataset", digits, *map(str, COMMON), "--steps", "100000",
                "--out", out, "--data-dir", pathlib.Path(digits).parent]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
     while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
