@@ -442,6 +442,7 @@ def panel(axes, title: str, below: str, points: Tensor, colour, limit: float, si
 
 
 def save(figure, folder: Path, name: str) -> None:
+    """Write a figure as folder/name (PNG) and close it."""
     path = folder / name
     figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
@@ -608,8 +609,10 @@ TOYS = {"mixture": mixture, "four-points": four_points, "ring": partial(standard
 
 
 class Parser(argparse.ArgumentParser):
+    """An argument parser that ends with status 2 and one line, without the usage."""
+
     def error(self, message: str):
-        self.exit(2, f"toy.py: {message}\n")  # one line, without the usage
+        self.exit(2, f"toy.py: {message}\n")
 
 
 def positive(number_type):
@@ -658,6 +661,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command line; status 2 and one line on bad input."""
     options, began = parse(arguments), time.time()
     torch.set_num_threads(1)  # the matrices are too small to be worth a second thread
     for folder in (options.out, options.figures):
