@@ -41,7 +41,7 @@ class FIAE(nn.Module):
                  shape: tuple[int, ...], global_size: int, local_size: int, noise_size: int = 0,
                  prior: str = "gaussian", objective: str = "gan", penalty: float = 0.0,
                  regularization_penalty: float | None = None, positive_gradient: bool = False,
-                 reconstruction_weight: float = 1.0):
+                 reconstruction_weight: float = 1.0, regularization_weight: float = 1.0):
         super().__init__()
         self.generator, self.recognition = generator, recognition
         self.reconstruction_discriminator = reconstruction_discriminator
@@ -49,7 +49,7 @@ class FIAE(nn.Module):
         self.shape = tuple(shape)
         self.global_size, self.local_size, self.noise_size, self.prior = global_size, local_size, noise_size, prior
         self.objective, self.penalty, self.positive_gradient = objective, penalty, positive_gradient
-        self.reconstruction_weight = reconstruction_weight
+        self.reconstruction_weight, self.regularization_weight = reconstruction_weight, regularization_weight
         self.regularization_penalty = penalty if regularization_penalty is None else regularization_penalty
 
     @classmethod
@@ -76,6 +76,11 @@ class FIAE(nn.Module):
         if eps is None and self.noise_size:
             eps = torch.randn(*x.shape[:x.dim() - len(self.shape)], self.noise_size, device=x.device)
         return self.recognition(x, eps).float()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The clusters' logits (batch, global_size) of images x, one draw of eps, for a categorical z."""
+        eps = torch.randn(len(x), self.noise_size, device=x.device) if self.noise_size else None
+        return self.recognition.logits(x, eps).float()
 
     def decode(self, z: Tensor, n: Tensor | None = None) -> Tensor:
         """A sample x_hat ~ p(x|z), (batch, *shape), from codes z (batch, global_size).
@@ -130,7 +135,8 @@ class FIAE(nn.Module):
         if self.recognition is not None:
             losses["reconstruction"] = self.reconstruction_weight * self.reconstruction_loss(z, x_hat, z_hat)
         fake = self.regularization_discriminator(x_hat)
-        losses["regularization"] = generator_loss(None, fake, "gan" if self.objective == "paired" else self.objective)
+        objective = "gan" if self.objective == "paired" else self.objective
+        losses["regularization"] = self.regularization_weight * generator_loss(None, fake, objective)
         return losses
 
     def reconstruction_loss(self, z: Tensor, x_hat: Tensor, z_hat: Tensor) -> Tensor:
@@ -159,7 +165,7 @@ class InfoGAN(FIAE):
         if local_size < 0 or global_size < 1:
             raise ValueError("code sizes: the latent code needs at least 1, the local size at least 0")
         recognition = Encoder(shape, 2 * global_size if prior == "gaussian" else global_size, prior=prior)
-        recognition.head[-1] = nn.Identity()  # in place of the BatchNorm or softmax
+        recognition.last = nn.Identity()  # in place of the BatchNorm or softmax
         return cls(Decoder(shape, global_size, local_size), recognition, None,
                    JointDiscriminator(shape, 0, batch_norm=batch_norm), shape=shape, global_size=global_size,
                    local_size=local_size, prior=prior, **options)

@@ -96,15 +96,18 @@ class Encoder(nn.Module):
         if layout is LAYOUTS["mnist"]:
             head = [nn.Linear(size, 2000), nn.ReLU(), nn.Linear(2000, 2000), nn.ReLU()]
             size = 2000
-        head.append(nn.Linear(size, code_size))
+        self.head = nn.Sequential(*head, nn.Linear(size, code_size))
         # "FC Linear. BN": without scale it pins each code's mean and variance to the prior's. Not before a softmax,
         # where it would cap the confidence (.76 for 10 codes).
-        head.append(nn.BatchNorm1d(code_size, affine=False) if prior == "gaussian" else nn.Softmax(dim=1))
-        self.head = nn.Sequential(*head)
+        self.last = nn.BatchNorm1d(code_size, affine=False) if prior == "gaussian" else nn.Softmax(dim=1)
 
-    def forward(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
+    def logits(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
+        """The last linear layer's output (batch, code_size): under a categorical prior the clusters' logits."""
         h = self.features(x)  # (batch, size)
         return self.head(h if eps is None else torch.cat([h, eps], dim=1))  # (batch, code_size)
+
+    def forward(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
+        return self.last(self.logits(x, eps))  # (batch, code_size)
 
 
 class Decoder(nn.Module):
@@ -285,7 +288,7 @@ class IAE(nn.Module):
                  regularization_discriminator: nn.Module | None, *, shape: tuple[int, ...], global_size: int,
                  local_size: int, noise_size: int = 0, prior: str = "gaussian", objective: str = "gan",
                  penalty: float = 0.0, regularization_penalty: float | None = None, positive_gradient: bool = False,
-                 regularization_weight: float = 1.0):
+                 reconstruction_weight: float = 1.0, regularization_weight: float = 1.0):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.reconstruction_discriminator = reconstruction_discriminator
@@ -293,7 +296,7 @@ class IAE(nn.Module):
         self.shape = tuple(shape)
         self.global_size, self.local_size, self.noise_size, self.prior = global_size, local_size, noise_size, prior
         self.objective, self.penalty, self.positive_gradient = objective, penalty, positive_gradient
-        self.regularization_weight = regularization_weight
+        self.reconstruction_weight, self.regularization_weight = reconstruction_weight, regularization_weight
         self.regularization_penalty = penalty if regularization_penalty is None else regularization_penalty
         self.register_buffer("fitted_mean", torch.zeros(global_size))  # of `fit_gaussian`
         self.register_buffer("fitted_factor", torch.eye(global_size))
@@ -325,6 +328,11 @@ class IAE(nn.Module):
         if eps is None and self.noise_size:
             eps = torch.randn(*x.shape[:x.dim() - len(self.shape)], self.noise_size, device=x.device)
         return self.encoder(x, eps).float()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The clusters' logits (batch, global_size) of images x, one draw of eps, for a categorical z."""
+        eps = torch.randn(len(x), self.noise_size, device=x.device) if self.noise_size else None
+        return self.encoder.logits(x, eps).float()
 
     def decode(self, z: Tensor | None, n: Tensor | None = None) -> Tensor:
         """A sample x_hat ~ p(x|z), (batch, *shape) in the network's range, from codes z (batch, global_size).
@@ -392,7 +400,7 @@ class IAE(nn.Module):
         """
         losses = {}
         if self.reconstruction_discriminator is None:  # -log p(x|z) of a unit Gaussian, as in the AAE
-            losses["reconstruction"] = 0.5 * (x - x_hat).pow(2).flatten(1).sum(1).mean()
+            loss = 0.5 * (x - x_hat).pow(2).flatten(1).sum(1).mean()
         else:
             fake, real = self.reconstruction_discriminator(x_hat, z_hat), None
             if self.positive_gradient:
@@ -400,9 +408,15 @@ class IAE(nn.Module):
             elif self.objective == "paired":
                 with torch.no_grad():
                     real = self.reconstruction_discriminator(x, z_hat)
-            losses["reconstruction"] = generator_loss(real, fake, self.objective)
+            loss = generator_loss(real, fake, self.objective)
+        losses["reconstruction"] = self.reconstruction_weight * loss
         if self.regularization_discriminator is not None:
             objective = "gan" if self.objective == "paired" else self.objective
             fake = self.regularization_discriminator(z_hat)
             losses["regularization"] = self.regularization_weight * generator_loss(None, fake, objective)
         return losses
+
+    def classification_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy of q(z|x) at labels y (batch,) in [0, global_size), for a categorical z (Section 2.1.2,
+        "Semi-Supervised Learning"): what the encoder descends on labelled images x besides the adversarial costs."""
+        return F.cross_entropy(self.logits(x), y)

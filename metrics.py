@@ -6,6 +6,7 @@ returns plain Python numbers, so that they can be written to JSON as they are. `
 
 import hashlib
 import json
+import math
 import os
 import sys
 
@@ -180,6 +181,176 @@ def draw(model: nn.Module, x: Tensor, draws: int = 1) -> tuple[Tensor | None, Te
     return None if codes[0] is None else torch.cat(codes), torch.cat(images, 1)
 
 
+# ------------------------------------------------------------------------------------------ discrete codes (Section 2.1.2)
+
+
+def cross_table(a: Tensor, b: Tensor, rows: int, columns: int) -> Tensor:
+    """Counts (rows, columns), float64: how often a = row and b = column, of integer labellings a, b (count,)."""
+    return torch.bincount(a * columns + b, minlength=rows * columns).view(rows, columns).double().cpu()
+
+
+def normalized_mutual_information(a: Tensor, b: Tensor) -> float:
+    """I(a; b) / sqrt(H(a) H(b)) of two labellings, (count,) integers >= 0; in [0, 1], and 0 where one is constant."""
+    joint = cross_table(a, b, int(a.max()) + 1, int(b.max()) + 1) / len(a)
+    h_a, h_b, h_joint = (-torch.special.xlogy(p, p).sum().item() for p in (joint.sum(1), joint.sum(0), joint))
+    return max(0.0, h_a + h_b - h_joint) / math.sqrt(h_a * h_b) if h_a > 0 and h_b > 0 else 0.0
+
+
+def adjusted_rand_index(counts: Tensor) -> float:
+    """ARI (Hubert and Arabie 1985) from a `cross_table`: pairs on which two labellings agree, 0 by chance, at most 1."""
+    pairs = lambda n: (n * (n - 1) / 2).sum().item()  # noqa: E731
+    both, a, b, all_pairs = pairs(counts), pairs(counts.sum(1)), pairs(counts.sum(0)), pairs(counts.sum())
+    chance, most = a * b / all_pairs, (a + b) / 2
+    return (both - chance) / (most - chance) if most != chance else 1.0
+
+
+def one_to_one(counts: Tensor) -> list[int]:
+    """The naming of clusters (rows) by classes (columns), each class once, that agrees most: exact, for up to 12 rows.
+
+    best[set of classes] holds the most agreement that the first clusters reach with just these classes.
+    """
+    best = {0: (0.0, [])}
+    for row in counts.tolist():
+        reached = {}
+        for used, (score, names) in best.items():
+            for name, count in enumerate(row):
+                key = used | 1 << name
+                if key != used and score + count > reached.get(key, (-1.0,))[0]:
+                    reached[key] = (score + count, names + [name])
+        best = reached
+    return max(best.values())[1]
+
+
+@torch.no_grad()
+def assignments(model: nn.Module, x: Tensor, draws: int = 1) -> tuple[Tensor, Tensor]:
+    """For uint8 images x: votes (batch, K), the share of `draws` of eps that chose each cluster, and the mean log
+    probabilities (batch, K). Without eps one draw says it all."""
+    votes, logs = [], []
+    for part in x.split(500):
+        draw_of = [model.logits(to_range(part, model.shape)).log_softmax(1) for _ in range(draws if model.noise_size else 1)]
+        votes.append(sum(F.one_hot(one.argmax(1), one.shape[1]).float() for one in draw_of) / len(draw_of))
+        logs.append(sum(draw_of) / len(draw_of))
+    return torch.cat(votes), torch.cat(logs)
+
+
+def clustering(train: tuple[Tensor, Tensor], y_train: Tensor, test: tuple[Tensor, Tensor], y_test: Tensor,
+               classes: int) -> dict:
+    """How well clusters match classes. train, test: `assignments`; labels of training images only name the clusters.
+
+    error_exemplar     a cluster is named by the training image with the largest q(k|x) (AAE); K labels are read
+    error_majority     by the most frequent label of the training images in it; len(y_train) labels are read
+    error_one_to_one   each class names one cluster, so that most agree; only where K = classes <= 12
+    nmi, ari           normalized mutual information and adjusted Rand index of cluster and class, on the test images
+    clusters_used      that hold at least one in 10 K of the test images
+    usage_entropy      of the mean assignment, nats; log K where all clusters are used evenly
+    assignment_entropy mean entropy of q(k|x), nats; 0 where every decision is sure
+    """
+    (votes, logs), clusters = test, test[0].shape[1]
+    cluster, cluster_train = votes.argmax(1), train[0].argmax(1)
+    names = {"exemplar": y_train[train[1].argmax(0)]}
+    counts = cross_table(cluster_train, y_train, clusters, classes)
+    names["majority"] = counts.argmax(1).to(cluster.device)
+    if clusters == classes <= 12:
+        names["one_to_one"] = torch.tensor(one_to_one(counts), device=cluster.device)
+    numbers = {f"error_{way}": (name[cluster] != y_test).double().mean().item() for way, name in names.items()}
+    table_test = cross_table(cluster, y_test, clusters, classes)
+    share, p = table_test.sum(1) / len(cluster), logs.softmax(1)
+    return numbers | {
+        "labels_read": {"exemplar": clusters, "majority": len(y_train), "one_to_one": len(y_train)},
+        "nmi": normalized_mutual_information(cluster, y_test), "ari": adjusted_rand_index(table_test),
+        "clusters_used": int((share >= 0.1 / clusters).sum()),
+        "usage_entropy": -torch.special.xlogy(p.mean(0), p.mean(0)).sum().item(),
+        "assignment_entropy": -torch.special.xlogy(p, p).sum(1).mean().item()}
+
+
+def vote_calibration(votes: Tensor, right: Tensor) -> dict:
+    """What the votes (batch, K) over draws of eps are worth (Section 3.1); right (batch,): is the chosen class right?
+
+    error_least_certain   the error among the tenth of the images whose draws agree least
+    error_rest            among the others
+    draws_disagree        the share of images on which not all draws agree
+    calibration_error     mean |share of the draws that agree - accuracy| over ten equal groups by that share
+    """
+    agree, order = votes.max(1).values.sort()
+    right = right[order].double()
+    tenth = max(1, len(right) // 10)
+    groups = zip(agree.double().chunk(10), right.chunk(10))
+    return {"error_least_certain": 1 - right[:tenth].mean().item(), "error_rest": 1 - right[tenth:].mean().item(),
+            "draws_disagree": (agree < 1).double().mean().item(),
+            "calibration_error": sum(abs(a.mean() - r.mean()).item() * len(a) for a, r in groups) / len(agree)}
+
+
+def style(x: Tensor) -> Tensor:
+    """Slant and stroke width of digits x (batch, 1, height, width) in [0, 1], (batch, 2).
+
+    slant: the shear mu11 / mu02 from the second central moments of the ink; width: 2 ink / (length of its outline, the
+    summed gradient magnitude), which for a long stroke is its width in pixels.
+    """
+    ink = x[:, 0].double()
+    rows = torch.arange(ink.shape[1], device=x.device, dtype=torch.double)[:, None]
+    columns = torch.arange(ink.shape[2], device=x.device, dtype=torch.double)
+    mass = ink.sum((1, 2)).clamp(min=1e-6)[:, None, None]
+    down = rows - (ink * rows).sum((1, 2), keepdim=True) / mass
+    right = columns - (ink * columns).sum((1, 2), keepdim=True) / mass
+    slant = -(ink * down * right).sum((1, 2)) / (ink * down * down).sum((1, 2)).clamp(min=1e-6)
+    dy, dx = ink.diff(dim=1)[:, :, :-1], ink.diff(dim=2)[:, :-1]
+    outline = (dy.square() + dx.square()).sqrt().sum((1, 2))
+    return torch.stack([slant, 2 * ink.sum((1, 2)) / outline.clamp(min=1e-6)], 1)
+
+
+def style_correlation(styles: Tensor) -> list[float]:
+    """Figure 6's claim: the mean correlation, over pairs of columns, of each measure of `style` along the rows.
+
+    styles (rows, columns, measures). Rows that share n and columns that share z give near 1 where the style is in n.
+    """
+    found = []
+    for measure in styles.unbind(2):
+        r = torch.corrcoef(measure.T).nan_to_num()
+        found.append(((r.sum() - r.trace()) / (len(r) * (len(r) - 1))).item())
+    return found
+
+
+@torch.no_grad()
+def evaluate_clusters(model: nn.Module, train: tuple, test: tuple, classifier: Classifier | None, semi_supervised: bool,
+                      draws: int = 50) -> dict:
+    """The numbers of a categorical code: `clustering`, votes, purity and style of generated columns, recognition of
+    the model's own images; `semi_supervised` adds the error of q(z|x) as a classifier (no cluster needs a name).
+
+    purity: of the images that each cluster generates, the mean share of the classifier's most frequent class.
+    error_on_generated: how often the inferred cluster of g(z, n) is not z (Section 3's worry about dreams).
+    """
+    clusters, device, numbers = model.global_size, train[0].device, {}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        rows = torch.randperm(len(train[0]))[:10000].to(device)
+        z = F.one_hot(torch.arange(clusters, device=device), clusters).float()
+        n = torch.randn(200, model.local_size, device=device) if model.local_size else None
+        columns = torch.stack([model.decode(z, None if n is None else row.expand(clusters, -1))
+                               for row in (n if n is not None else torch.zeros(2, 0))])  # (rows, clusters, *shape)
+        own = model.logits(columns.flatten(0, 1)).argmax(1)
+        numbers["error_on_generated"] = (own != torch.arange(clusters, device=device).repeat(len(columns))).double().mean().item()
+        if model.shape == (1, 28, 28) and n is not None:
+            styles = style(columns.flatten(0, 1)).unflatten(0, columns.shape[:2])
+            shuffled = torch.stack([column[torch.randperm(len(column))] for column in styles.unbind(1)], 1)
+            for name, same, other in zip(("slant", "stroke_width"), style_correlation(styles), style_correlation(shuffled)):
+                numbers[f"{name}_correlation"], numbers[f"{name}_correlation_shuffled"] = same, other
+        if test[1] is None:
+            return numbers
+        classes = int(max(train[1].max(), test[1].max())) + 1
+        y_train, y_test = train[1][rows].long(), test[1].long()
+        found, named = assignments(model, test[0], draws), assignments(model, train[0][rows], draws)
+        numbers |= clustering(named, y_train, found, y_test, classes)
+        if semi_supervised:
+            numbers["error"] = (found[0].argmax(1) != y_test).double().mean().item()
+        if model.noise_size:
+            name = cross_table(named[0].argmax(1), y_train, clusters, classes).argmax(1).to(device)
+            numbers |= vote_calibration(found[0], name[found[0].argmax(1)] == y_test)
+        if classifier is not None:
+            kind = torch.stack([classifier(column).argmax(1) for column in columns.unbind(1)])  # (clusters, rows)
+            numbers["purity"] = torch.stack([(k == k.mode().values).double().mean() for k in kind]).mean().item()
+    return numbers
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier | None, count: int = 10000,
              fitted: bool = False) -> dict:
@@ -194,13 +365,14 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
         x_train, x_test = train[0][torch.randperm(len(train[0]))[:count].to(device)], test[0][:count]
         x = to_range(x_test, shape)
         z, x_hat = draw(model, x_test)
-        samples = torch.cat([model.sample(len(part), fitted=fitted) for part in x_test.split(500)])
+        how = {"fitted": True} if fitted else {}
+        samples = torch.cat([model.sample(len(part), **how) for part in x_test.split(500)])
         numbers = {"test_images": len(x_test)}
         if z is not None:
             numbers["reconstruction_mse"] = (x_hat[0] - x).square().mean().item()
             diverse = x_test[:1000]
             numbers["local_diversity"] = local_diversity(draw(model, diverse, draws=10)[1], to_range(diverse, shape))
-            prior = model.sample_codes(len(z), fitted=fitted)
+            prior = model.sample_codes(len(z), **how)
             numbers.update({f"code_{name}": value for name, value in mmd_test(z, prior).items()})
         if classifier is None:
             return numbers

@@ -17,6 +17,11 @@ import subprocess
 import sys
 import time
 
+try:
+    import fcntl
+except ImportError:  # not a Unix: two runs into one folder are not noticed there
+    fcntl = None
+
 import matplotlib
 
 matplotlib.use("Agg")  # figures are files: no screen is needed
@@ -28,8 +33,9 @@ from PIL import Image, UnidentifiedImageError
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 
 from data import InputError, batch_indices, load_dataset
+from fiae import FIAE, InfoGAN
 from iae import IAE, to_range, to_uint8
-from metrics import draw, evaluate, fixed_classifier
+from metrics import assignments, draw, evaluate, evaluate_clusters, fixed_classifier
 
 # Each recipe holds what the paper leaves open. "paper": the original GAN losses (Eq. 1), BatchNorm in the
 # discriminators as in Appendix D.2, InfoGAN's optimizer settings. "stable": what measures better (README, "Recipes").
@@ -38,7 +44,8 @@ RECIPES = {
         objective="gan",  # Eq. 1, non-saturating
         penalty=0.0,  # gamma of R1 + R2 on the reconstruction discriminator
         regularization_penalty=0.0,  # and on the regularization discriminator
-        regularization_weight=1.0,  # of the regularization loss, beside the reconstruction loss
+        reconstruction_weight=1.0,  # of the reconstruction GAN's loss in what encoder and decoder descend
+        regularization_weight=1.0,  # of the regularization GAN's
         batch_norm=True,  # in the reconstruction discriminator
         beta1=0.5,  # of Adam
         rates=(1e-3, 1e-3, 2e-4, 2e-4),  # Adam's, of encoder, decoder, reconstruction and regularization discriminator
@@ -49,6 +56,7 @@ RECIPES = {
         objective="paired",
         penalty=0.0,
         regularization_penalty=0.1,
+        reconstruction_weight=1.0,
         regularization_weight=10.0,
         batch_norm=True,
         beta1=0.0,
@@ -57,18 +65,21 @@ RECIPES = {
         averaging=0.999,
     ),
 }
-PLAYERS = ("encoder", "decoder", "reconstruction_discriminator", "regularization_discriminator")
-PROJECT, FORMAT = "implicit-autoencoders", 1  # what a checkpoint says it is
+PROJECT, FORMAT = "implicit-autoencoders", 2  # what a checkpoint says it is
 
 
-def build_model(settings: dict) -> IAE:
+def build_model(settings: dict) -> IAE | FIAE:
     """The untrained model that `settings` (a run's config.json) describe."""
-    return IAE.for_images(
-        tuple(settings["shape"]), settings["global"], settings["local"], settings["noise"], settings["prior"],
-        settings["conditioning"], batch_norm=settings["batch_norm"], euclidean=settings["euclidean"],
-        regularization=settings["regularization"], objective=settings["objective"], penalty=settings["penalty"],
-        regularization_penalty=settings["regularization_penalty"],
-        regularization_weight=settings["regularization_weight"], positive_gradient=settings["positive_gradient"])
+    sizes = tuple(settings["shape"]), settings["global"], settings["local"]
+    options = {name: settings[name] for name in (
+        "prior", "batch_norm", "objective", "penalty", "regularization_penalty", "reconstruction_weight",
+        "regularization_weight", "positive_gradient")}
+    if settings["model"] == "infogan":
+        return InfoGAN.for_images(*sizes, **options)
+    options.update(noise_size=settings["noise"], conditioning=settings["conditioning"])
+    if settings["model"] == "fiae":
+        return FIAE.for_images(*sizes, **options)
+    return IAE.for_images(*sizes, **options, euclidean=settings["euclidean"], regularization=settings["regularization"])
 
 
 class Run:
@@ -85,12 +96,15 @@ class Run:
         names = dict(self.model.named_parameters())
         self.discriminators = [p for name, p in names.items() if "discriminator" in name]
         self.autoencoder = [p for name, p in names.items() if "discriminator" not in name]
-        groups = {name: {"params": [] if module is None else list(module.parameters()), "rate": rate}
-                  for name, module, rate in zip(PLAYERS, map(self.model._modules.get, PLAYERS), settings["rates"])}
-        encoder, decoder, reconstruction, regularization = groups.values()
+        flipped = isinstance(self.model, FIAE)
+        networks = (self.model.recognition if flipped else self.model.encoder,
+                    self.model.generator if flipped else self.model.decoder,
+                    self.model.reconstruction_discriminator, self.model.regularization_discriminator)
+        groups = [{"params": [] if network is None else list(network.parameters()), "rate": rate}
+                  for network, rate in zip(networks, settings["rates"])]
         betas = (settings["beta1"], 0.99)
-        self.autoencoder_optimizer = torch.optim.Adam([encoder, decoder], betas=betas, fused=True)
-        self.discriminator_optimizer = torch.optim.Adam([reconstruction, regularization], betas=betas, fused=True)
+        self.autoencoder_optimizer = torch.optim.Adam(groups[:2], betas=betas, fused=True)
+        self.discriminator_optimizer = torch.optim.Adam(groups[2:], betas=betas, fused=True)
 
     def state_dict(self) -> dict:
         """Tensors and plain Python only, which `torch.load(weights_only=True)` reads without running code."""
@@ -115,9 +129,10 @@ class Run:
             torch.cuda.set_rng_state(state["cuda_random_state"].cpu())
 
 
-def train_step(run: Run, x: torch.Tensor) -> dict:
+def train_step(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor] | None = None) -> dict:
     """Section 2's "Training Process" on images x (batch, *shape): the discriminators learn, then the autoencoder.
 
+    labelled: (images, labels) for the cross-entropy of semi-supervised learning (Section 2.1.2), or None.
     Returns the losses as tensors on the device (reading them is what would wait for it).
     """
     model, settings = run.model, run.settings
@@ -127,11 +142,13 @@ def train_step(run: Run, x: torch.Tensor) -> dict:
         group["lr"] = falling * group["rate"]
     precision = torch.autocast(run.device.type, torch.bfloat16, enabled=settings["precision"] == "bf16")
     with precision:
-        z_hat, x_hat = model(x)  # z_hat ~ q(z|x), x_hat ~ p(x|z_hat): one pass serves both players
+        # IAE: z_hat ~ q(z|x), x_hat ~ p(x|z_hat). FIAE: z ~ p(z), x_hat ~ p(x|z), z_hat ~ q(z|x_hat).
+        codes_and_images = model(x)  # one pass serves both players
 
     # 1. The discriminators descend Eq. 1: (x, z_hat) is real, (x_hat, z_hat) fake; z ~ p(z) is real, z_hat fake.
+    #    In the FIAE (x_hat, z) is real, (x_hat, z_hat) fake; x is real, x_hat fake.
     with precision:
-        losses = model.discriminator_losses(x, z_hat, x_hat)
+        losses = model.discriminator_losses(x, *codes_and_images)
     if losses:
         run.discriminator_optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -140,7 +157,9 @@ def train_step(run: Run, x: torch.Tensor) -> dict:
     # 2. Encoder and decoder descend T = -log D of the negative pair (Eq. 9-10), and the encoder the cost of
     #    KL(q(z) || p(z)). The discriminators only judge here: `inputs` spares their weights' gradients.
     with precision:
-        generative = model.autoencoder_losses(x, z_hat, x_hat)
+        generative = model.autoencoder_losses(x, *codes_and_images)
+        if labelled is not None:
+            generative["classification"] = model.classification_loss(*labelled)
     run.autoencoder_optimizer.zero_grad()
     sum(generative.values()).backward(inputs=run.autoencoder)
     run.autoencoder_optimizer.step()
@@ -151,13 +170,13 @@ def train_step(run: Run, x: torch.Tensor) -> dict:
     return {name: loss.detach() for name, loss in (losses | generative).items()}
 
 
-def refresh_average(run: Run, x: torch.Tensor) -> IAE:
+def refresh_average(run: Run, x: torch.Tensor) -> IAE | FIAE:
     """The averaged model, ready for use: its BatchNorm statistics are measured anew on uint8 images x of the data."""
     with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
         torch.manual_seed(0)
         update_bn((to_range(part, run.averaged.shape) for part in x[:4000].split(500)), run.averaged)
         run.averaged.eval()
-        if run.averaged.encoder is not None and run.settings["prior"] == "gaussian":
+        if run.settings["model"] == "iae" and run.settings["prior"] == "gaussian" and run.averaged.global_size:
             with torch.no_grad():
                 codes = [run.averaged.encode(to_range(part, run.averaged.shape)) for part in x[:10000].split(500)]
             run.averaged.fit_gaussian(torch.cat(codes))
@@ -209,7 +228,7 @@ def read_checkpoint(path: str) -> dict:
     return state
 
 
-def load_checkpoint(path: str, device: str = "cpu") -> IAE:
+def load_checkpoint(path: str, device: str = "cpu") -> IAE | FIAE:
     """A trained model, ready to use: `encode(x)`, `decode(z, n)`, `reconstruct(x)`, `sample(count)`.
 
     path: a run's folder or its checkpoint.pt. The weights are the averaged ones, in evaluation mode; images are in the
@@ -226,11 +245,12 @@ def load_checkpoint(path: str, device: str = "cpu") -> IAE:
     return model.to(device).eval().requires_grad_(False)
 
 
-def new_folder(settings: dict) -> str:
-    """The run's folder: --out, or runs/NAME-NUMBER with the next free number."""
+def new_folder(run: Run) -> str:
+    """The run's folder: --out, or runs/NAME-NUMBER with the next free number. It can be resumed from now on."""
+    settings = run.settings
     if settings["out"]:
         path = settings["out"]
-        if os.path.exists(os.path.join(path, "config.json")):
+        if any(os.path.exists(os.path.join(path, name)) for name in ("config.json", "checkpoint.pt")):
             raise InputError(f"{path} holds a run already; choose another --out, or go on with --resume {path}")
     else:
         name = os.path.splitext(os.path.basename(settings["dataset"]))[0]
@@ -238,10 +258,28 @@ def new_folder(settings: dict) -> str:
         path = next(f"{stem}-{i}" for i in range(10**6) if not os.path.exists(f"{stem}-{i}"))
     try:
         os.makedirs(path, exist_ok=True)
-        write_json(os.path.join(path, "config.json"), settings)
     except OSError as error:
         raise InputError(f"cannot write to {path}: {error.strerror}; choose another folder with --out") from None
+    run.lock = lock(path)
+    write(os.path.join(path, "checkpoint.pt"), lambda part: torch.save(run.state_dict(), part))
+    write_json(os.path.join(path, "config.json"), {**settings, "host": host_facts(run.device)})
     return path
+
+
+def lock(folder: str):
+    """An open file that keeps other runs out of `folder` until it is closed, or the process ends, killed or not.
+
+    Raises InputError where another process holds it.
+    """
+    try:
+        file = open(os.path.join(folder, "lock"), "w")
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        raise InputError(f"{folder}: another process is training into this folder; wait for it or stop it") from None
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from None
 
 
 def host_facts(device: torch.device) -> dict:
@@ -291,11 +329,36 @@ def draw_figures(model: IAE, x: torch.Tensor, y: torch.Tensor | None, folder: st
         else:
             chosen = torch.arange(min(20, len(x)))
         originals = to_range(x[chosen], model.shape)
-        if model.encoder is not None:
+        if model.global_size:
             draws = draw(model, x[chosen], draws=5 if model.local_size else 1)[1]
             rows = torch.cat([originals[None], draws]).flatten(0, 1)
             sheet(rows, len(chosen), os.path.join(folder, "reconstructions.png"))
         sheet(model.sample(200), 20, os.path.join(folder, "samples.png"))
+        if model.prior == "categorical":  # Figure 6: a column a cluster, a row one n
+            z = torch.eye(model.global_size, device=x.device)
+            n = torch.randn(10, model.local_size, device=x.device)
+            rows = [model.decode(z, row.expand(len(z), -1) if model.local_size else None) for row in n]
+            sheet(torch.cat(rows), len(z), os.path.join(folder, "clusters.png"))
+
+
+@torch.no_grad()
+def draw_votes(model: FIAE | IAE, x: torch.Tensor, folder: str) -> None:
+    """votes.png: of uint8 test images x the ten that all draws of eps agree most and least on, over their votes."""
+    votes = assignments(model, x, draws=50)[0].cpu()  # (count, K)
+    order = votes.max(1).values.sort(stable=True).indices
+    figure, axes = plt.subplots(4, 10, figsize=(12, 5), gridspec_kw={"height_ratios": [1.4, 1, 1.4, 1]})
+    for top, rows, title in ((0, order[-10:], "most certain"), (2, order[:10], "least certain")):
+        for column, row in enumerate(rows.tolist()):
+            axes[top, column].imshow(x[row].permute(1, 2, 0).cpu().numpy(), cmap="gray")
+            axes[top, column].axis("off")
+            axes[top + 1, column].bar(range(votes.shape[1]), votes[row].tolist())
+            axes[top + 1, column].set(ylim=(0, 1), xticks=range(votes.shape[1]), yticks=(0, 1) if column == 0 else ())
+            axes[top + 1, column].tick_params(labelsize=6)
+        axes[top, 0].set_title(title, fontsize=9, loc="left")
+        axes[top + 1, 0].set_ylabel("share of draws", fontsize=7)
+    figure.tight_layout()
+    write(os.path.join(folder, "votes.png"), lambda part: figure.savefig(part, format="png", dpi=80))
+    plt.close(figure)
 
 
 def draw_curves(folder: str) -> None:
@@ -370,9 +433,14 @@ def train(run: Run, data: dict, folder: str, stop: Stop) -> bool:
     settings, x_train, held = run.settings, data["train"].x, data["validation" if len(data["validation"].x) else "test"]
     terminal = sys.stderr.isatty()
     clock = saved = printed = time.monotonic()
+    chosen, labelled = torch.tensor(settings["labelled_rows"], device=run.device), None
     while run.step < settings["steps"] and not stop.asked:
         rows = batch_indices(len(x_train), settings["batch_size"], run.step, settings["seed"]).to(run.device)
-        losses = train_step(run, to_range(x_train[rows], run.model.shape))
+        if len(chosen):  # the only place in training that reads labels
+            few = batch_indices(len(chosen), min(len(chosen), settings["batch_size"]), run.step, settings["seed"])
+            few = chosen[few.to(run.device)]
+            labelled = to_range(x_train[few], run.model.shape), data["train"].y[few].long()
+        losses = train_step(run, to_range(x_train[rows], run.model.shape), labelled)
 
         last = run.step == settings["steps"] or stop.asked
         if run.step % 20 and not last:
@@ -407,6 +475,10 @@ def finish(run: Run, data: dict, folder: str, data_dir: str) -> dict:
     with open(os.path.join(folder, "config.json")) as file:
         host = json.load(file)["host"]  # of the start: the code may have changed since
     numbers = evaluate(run.averaged, train_set, test_set, classifier, fitted=fitted)
+    if run.settings["prior"] == "categorical":
+        numbers |= evaluate_clusters(run.averaged, train_set, test_set, classifier, bool(run.settings["labels"]))
+        if run.settings["noise"]:
+            draw_votes(run.averaged, test_set.x, folder)
     final = {"settings": run.settings, "evaluated_on": split, "steps": run.step, "seconds": round(run.seconds, 1),
              "host": host, "metrics": numbers}
     write_json(os.path.join(folder, "final.json"), final)
@@ -423,12 +495,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
         epilog="Section 2's cases: 1 '--local 0 --no-regularization', 2 '--local 0', 3 '--no-regularization', 4 "
                "neither; '--global 0' is a plain GAN, '--local 0 --euclidean' the adversarial autoencoder.")
     add = parser.add_argument_group("the model").add_argument
-    add("--model", default="iae", choices=["iae"], help="iae: the implicit autoencoder of Section 2 (%(default)s)")
+    add("--model", default="iae", choices=["iae", "fiae", "infogan"],
+        help="iae: Section 2; fiae: the flipped one of Section 3; infogan: its baseline (%(default)s)")
     add("--global", type=int, default=10, metavar="SIZE", help="of the global code z; 0: a plain GAN (%(default)s)")
     add("--local", type=int, default=100, metavar="SIZE",
         help="of the local code n; 0: a deterministic decoder (%(default)s)")
     add("--noise", type=int, default=0, metavar="SIZE",
-        help="of the encoder's noise eps; 0: a deterministic encoder (%(default)s)")
+        help="of the encoder's (FIAE: recognition network's) noise eps; 0: deterministic (%(default)s)")
     add("--prior", default="gaussian", choices=["gaussian", "categorical"],
         help="p(z); categorical: --global is the number of clusters (%(default)s)")
     add("--conditioning", choices=["dependent", "invariant"],
@@ -443,7 +516,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--objective", choices=["gan", "paired", "kl"], help="gan: Eq. 1; paired: relativistic; kl: the f-GAN's")
     add("--penalty", type=float, metavar="GAMMA", help="of R1 + R2 on the reconstruction discriminator")
     add("--regularization-penalty", type=float, metavar="GAMMA", help="of R1 + R2 on the regularization discriminator")
-    add("--regularization-weight", type=float, metavar="WEIGHT", help="of the regularization loss in the encoder's")
+    add("--reconstruction-weight", type=float, metavar="WEIGHT", help="of the reconstruction GAN in what is descended")
+    add("--regularization-weight", type=float, metavar="WEIGHT", help="of the regularization GAN in what is descended")
     add("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help="in the reconstruction discriminator")
     add("--rates", type=float, nargs=4, metavar=("F", "G", "DX", "DZ"),
         help="learning rates of encoder, decoder, reconstruction and regularization discriminator")
@@ -459,6 +533,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--steps", type=int, help="training steps, in place of --epochs")
     add("--batch-size", type=int, default=128, metavar="SIZE", help="images a step (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, noise and data order (%(default)s)")
+    add("--seeds", type=int, nargs="+", metavar="SEED",
+        help="a run for each under --out, then their mean and deviation; the same command goes on where it was cut off")
+    add("--labels", type=int, default=0, metavar="N",
+        help="semi-supervised: N class-balanced training labels (categorical prior) (%(default)s)")
+    add("--label-seed", type=int, default=0, metavar="SEED", help="of the draw of these labels (%(default)s)")
     add("--validation", type=int, default=0, metavar="N",
         help="hold N training images out and measure on them, not on the test set: for choosing settings (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
@@ -484,20 +563,30 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """argparse's usage and one line for every number out of range."""
     sizes = vars(args)
-    for name in ("global", "local", "noise", "validation", "seed"):
+    for name in ("global", "local", "noise", "validation", "seed", "labels", "label_seed"):
         if sizes[name] < 0:
-            parser.error(f"--{name} {sizes[name]}: must be 0 or more")
+            parser.error(f"--{name.replace('_', '-')} {sizes[name]}: must be 0 or more")
     if args.local == 0 and sizes["global"] == 0:
         parser.error("--global 0 --local 0: the decoder has no input; give at least one of them a size")
     if sizes["global"] == 0 and (args.euclidean or args.positive_gradient or args.noise or args.prior == "categorical"):
         parser.error("--global 0 has no code: drop --euclidean, --positive-gradient, --noise and --prior categorical")
+    if args.model != "iae" and (args.euclidean or args.no_regularization or args.labels or sizes["global"] == 0):
+        parser.error(f"--model {args.model}: --global 0, --euclidean, --no-regularization and --labels are the IAE's")
+    if args.model == "infogan" and (args.noise or args.conditioning or args.positive_gradient):
+        parser.error("--model infogan has no D(x, z) and no eps: drop --noise, --conditioning and --positive-gradient")
+    if args.labels and args.prior != "categorical":
+        parser.error("--labels: the clusters are the classes; add --prior categorical")
+    if args.seeds and (min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds)):
+        parser.error("--seeds: 0 or more, each once")
+    if args.seeds and (args.resume or not args.out):
+        parser.error("--seeds: name the folder of the sweep by --out; to go on, give the same command again")
     for name in ("batch_size", "steps", "epochs", "sample"):
         if sizes[name] is not None and not 0 < sizes[name] < float("inf"):
             parser.error(f"--{name.replace('_', '-')} {sizes[name]}: must be more than 0")
     for rate in args.rates or ():
         if not 0 < rate < 1:
             parser.error(f"--rates {rate}: a learning rate must be above 0 and below 1")
-    for name in ("penalty", "regularization_penalty", "regularization_weight"):
+    for name in ("penalty", "regularization_penalty", "reconstruction_weight", "regularization_weight"):
         if sizes[name] is not None and not 0 <= sizes[name] < float("inf"):
             parser.error(f"--{name.replace('_', '-')} {sizes[name]}: must be 0 or more")
     if args.beta1 is not None and not 0 <= args.beta1 < 1:
@@ -536,10 +625,30 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" or tiles() else "float32"
 
 
-def settings_of(args: argparse.Namespace, shape: tuple, count: int) -> dict:
+def labelled_rows(y: torch.Tensor | None, count: int, clusters: int, seed: int) -> list[int]:
+    """`count` training images, the same number of each class, drawn by --label-seed: the labels that training may read.
+
+    Raises InputError where the labels do not allow it.
+    """
+    if not count:
+        return []
+    if y is None or y.dim() != 1:
+        raise InputError(f"--labels {count}: this data set has no class labels; drop --labels")
+    classes = int(y.max()) + 1
+    if classes > clusters or count % classes or count // classes > int(torch.bincount(y.long()).min()):
+        raise InputError(f"--labels {count}: needs the same number of each of {classes} classes, no more than there are, "
+                         f"and --global {classes} or more")
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
+    rows = torch.cat([order[y[order] == kind][:count // classes] for kind in range(classes)])
+    return sorted(rows.tolist())
+
+
+def settings_of(args: argparse.Namespace, data: dict) -> dict:
     """A run's settings, as config.json holds them: the recipe's values, or what the command line gave instead."""
-    settings = {**vars(args), "shape": list(shape), "regularization": not args.no_regularization}
-    for name in ("resume", "from", "sample", "reconstruct", "no_regularization"):
+    x, y = data["train"].x, data["train"].y
+    settings = {**vars(args), "shape": list(x.shape[1:]), "regularization": not args.no_regularization,
+                "labelled_rows": labelled_rows(y, args.labels, vars(args)["global"], args.label_seed)}
+    for name in ("resume", "from", "sample", "reconstruct", "no_regularization", "seeds"):
         del settings[name]
     for name, value in RECIPES[args.recipe].items():
         if settings[name] is None:
@@ -548,8 +657,29 @@ def settings_of(args: argparse.Namespace, shape: tuple, count: int) -> dict:
     settings["conditioning"] = args.conditioning or ("dependent" if args.prior == "gaussian" else "invariant")
     settings["device"] = str(pick_device(args.device))
     settings["precision"] = pick_precision(args.precision, torch.device(settings["device"]))
-    settings["steps"] = args.steps or max(1, round(args.epochs * (count // args.batch_size)))
+    settings["steps"] = args.steps or max(1, round(args.epochs * (len(x) // args.batch_size)))
     return settings
+
+
+def start(args: argparse.Namespace) -> tuple[Run, dict, str]:
+    """A new run, its data and its folder."""
+    data = load_dataset(args.dataset, args.data_dir, args.validation, pick_device(args.device))
+    try:
+        settings = settings_of(args, data)
+        run = Run(settings)
+    except ValueError as error:  # an image size that no layout fits
+        raise InputError(f"{args.dataset}: {error}") from None
+    batch_indices(len(data["train"].x), settings["batch_size"], 0, 0)  # says so where the data are fewer than a batch
+    return run, data, new_folder(run)
+
+
+def refuse_changes(args: argparse.Namespace, given: set, settings: dict) -> None:
+    """InputError where the command line gives a setting another value than the run was made with."""
+    for name in sorted(given - {"resume", "epochs", "steps", "device", "data_dir", "seeds"}):
+        old = not settings["regularization"] if name == "no_regularization" else settings.get(name)
+        if vars(args)[name] != old:
+            raise InputError(f"--{name.replace('_', '-')} {vars(args)[name]}: the run was made with {old}; "
+                             "only --epochs, --steps, --device and --data-dir may change at a resume")
 
 
 def resume(args: argparse.Namespace, given: set) -> tuple[Run, dict, str]:
@@ -557,11 +687,8 @@ def resume(args: argparse.Namespace, given: set) -> tuple[Run, dict, str]:
     state = read_checkpoint(args.resume)
     folder = args.resume if os.path.isdir(args.resume) else os.path.dirname(os.path.abspath(args.resume))
     settings = state["settings"]
-    for name in given - {"resume", "epochs", "steps", "device", "data_dir"}:
-        old = not settings["regularization"] if name == "no_regularization" else settings.get(name)
-        if vars(args)[name] != old:
-            raise InputError(f"--{name.replace('_', '-')} {vars(args)[name]}: the run was made with {old}; "
-                             "only --epochs, --steps, --device and --data-dir may change at a resume")
+    held = lock(folder)
+    refuse_changes(args, given, settings)
     if "data_dir" in given:
         settings["data_dir"] = args.data_dir
     if "device" in given or settings["device"] != "cpu":
@@ -586,6 +713,7 @@ def resume(args: argparse.Namespace, given: set) -> tuple[Run, dict, str]:
 
         write(lines, save)
     write_json(os.path.join(folder, "config.json"), {**settings, "host": host_facts(run.device)})
+    run.lock = held
     return run, data, folder
 
 
@@ -600,7 +728,7 @@ def use_model(args: argparse.Namespace) -> None:
             sheet(model.sample(args.sample, fitted=not settings["regularization"]), min(20, args.sample), out)
         else:
             out, (channels, height, width) = args.out or "reconstructed.png", model.shape
-            if model.encoder is None:
+            if not model.global_size:
                 raise InputError(f"{vars(args)['from']} is a plain GAN (--global 0): it has no encoder; use --sample")
             pixels = []
             for path in args.reconstruct:
@@ -621,34 +749,63 @@ def summary(metrics: dict) -> str:
     return "\n".join(f"  {name:26} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float)))
 
 
+def run_once(args: argparse.Namespace, given: set) -> dict | None:
+    """Start or go on with one run, to its end; its final.json's content, or None where it was stopped before."""
+    run, data, folder = resume(args, given) if args.resume else start(args)
+    print(f"{folder}: {len(data['train'].x)} training images, {run.settings['steps']} steps on {run.device}, "
+          f"{run.settings['precision']}, recipe {run.settings['recipe']}", file=sys.stderr, flush=True)
+    with Stop() as stop:
+        finished = train(run, data, folder, stop)
+    if not finished:
+        print(f"stopped at step {run.step}; go on with: python train.py --resume {folder}", file=sys.stderr)
+        return None
+    final = finish(run, data, folder, run.settings["data_dir"])
+    print(f"{folder}: {run.step} steps in {final['seconds']:.0f} s\n{summary(final['metrics'])}", flush=True)
+    return final
+
+
+def sweep(args: argparse.Namespace, given: set) -> bool:
+    """--seeds: one run a seed under --out, each resumed or skipped where it is done; then sweep.json over all of them."""
+    base, finals = args.out, []
+    for seed in args.seeds:
+        args.seed, args.out = seed, os.path.join(base, f"seed-{seed}")
+        args.resume = args.out if os.path.exists(os.path.join(args.out, "checkpoint.pt")) else None
+        path = os.path.join(args.out, "final.json")
+        final = None
+        if os.path.exists(path):
+            with open(path) as file:
+                final = json.load(file)
+            refuse_changes(args, given | {"out"}, final["settings"])
+            steps = args.steps or final["settings"]["steps"]
+        if final is None or final["steps"] < steps:
+            final = run_once(args, given | {"out"})
+        if final is None:
+            return False
+        finals.append(final)
+    numbers = {}
+    for name, value in finals[0]["metrics"].items():
+        if isinstance(value, (int, float)):
+            each = [final["metrics"][name] for final in finals]
+            deviation = float(np.std(each, ddof=1)) if len(each) > 1 else 0.0
+            numbers[name] = {"mean": float(np.mean(each)), "deviation": deviation, "each": each}
+    write_json(os.path.join(base, "sweep.json"), {
+        "settings": {**finals[0]["settings"], "seed": None, "out": base}, "seeds": args.seeds, "metrics": numbers,
+        "steps": finals[0]["steps"], "seconds": [final["seconds"] for final in finals], "host": finals[0]["host"]})
+    print(f"{base}: seeds {' '.join(map(str, args.seeds))}, mean +- deviation (each)")
+    for name, number in numbers.items():
+        each = "  ".join(f"{value:.4g}" for value in number["each"])
+        print(f"  {name:26} {number['mean']:.4g} +- {number['deviation']:.2g}  ({each})")
+    return True
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line: ends with status 2 and one line on bad input, with 130 where training was stopped."""
     args, given = parse(argv)
     try:
         if vars(args)["from"]:
             return use_model(args)
-        if args.resume:
-            run, data, folder = resume(args, given)
-        else:
-            device = pick_device(args.device)
-            data = load_dataset(args.dataset, args.data_dir, args.validation, device)
-            x = data["train"].x
-            try:
-                settings = settings_of(args, tuple(x.shape[1:]), len(x))
-                run = Run(settings)
-            except ValueError as error:  # an image size that no layout fits
-                raise InputError(f"{args.dataset}: {error}") from None
-            batch_indices(len(x), settings["batch_size"], 0, 0)  # says so where the data are fewer than a batch
-            folder = new_folder({**settings, "host": host_facts(run.device)})
-        print(f"{folder}: {len(data['train'].x)} training images, {run.settings['steps']} steps on {run.device}, "
-              f"{run.settings['precision']}, recipe {run.settings['recipe']}", file=sys.stderr, flush=True)
-        with Stop() as stop:
-            finished = train(run, data, folder, stop)
-        if not finished:
-            print(f"stopped at step {run.step}; go on with: python train.py --resume {folder}", file=sys.stderr)
+        if not (sweep(args, given) if args.seeds else run_once(args, given)):
             sys.exit(130)
-        final = finish(run, data, folder, run.settings["data_dir"])
-        print(f"{folder}: {run.step} steps in {final['seconds']:.0f} s\n{summary(final['metrics'])}")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
