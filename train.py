@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
+from torch.utils.flop_counter import FlopCounterMode
 
 from data import InputError, batch_indices, load_dataset
 from fiae import FIAE, InfoGAN
@@ -46,6 +47,7 @@ RECIPES = {
         regularization_penalty=0.0,  # and on the regularization discriminator
         reconstruction_weight=1.0,  # of the reconstruction GAN's loss in what encoder and decoder descend
         regularization_weight=1.0,  # of the regularization GAN's
+        regularization_steps=1,  # of the IAE's D(z), for each step of the others
         batch_norm=True,  # in the reconstruction discriminator
         beta1=0.5,  # of Adam
         rates=(1e-3, 1e-3, 2e-4, 2e-4),  # Adam's, of encoder, decoder, reconstruction and regularization discriminator
@@ -55,12 +57,13 @@ RECIPES = {
     "stable": dict(
         objective="paired",
         penalty=0.0,
-        regularization_penalty=0.1,
+        regularization_penalty=0.0,
         reconstruction_weight=1.0,
         regularization_weight=10.0,
+        regularization_steps=8,
         batch_norm=True,
         beta1=0.0,
-        rates=(1e-4, 1e-3, 2e-4, 5e-4),
+        rates=(1e-4, 1e-3, 2e-4, 2e-4),
         decay=0.5,
         averaging=0.999,
     ),
@@ -86,7 +89,7 @@ class Run:
     """What training moves, and so what a checkpoint holds: the two players, their optimizers, the average, the step."""
 
     def __init__(self, settings: dict):
-        self.settings, self.step, self.seconds = settings, 0, 0.0
+        self.settings, self.step, self.seconds, self.captured = settings, 0, 0.0, None
         self.device = torch.device(settings["device"])
         torch.manual_seed(settings["seed"])
         self.model = build_model(settings).to(self.device, memory_format=torch.channels_last)
@@ -103,8 +106,17 @@ class Run:
         groups = [{"params": [] if network is None else list(network.parameters()), "rate": rate}
                   for network, rate in zip(networks, settings["rates"])]
         betas = (settings["beta1"], 0.99)
-        self.autoencoder_optimizer = torch.optim.Adam(groups[:2], betas=betas, fused=True)
-        self.discriminator_optimizer = torch.optim.Adam(groups[2:], betas=betas, fused=True)
+        def adam(groups):
+            if not settings["capture"]:
+                return torch.optim.Adam(groups, betas=betas, fused=True)
+            for group in groups:  # what a graph reads must stay in its place: the rate becomes a tensor
+                group["lr"] = torch.tensor(group["rate"], device=self.device)
+            return torch.optim.Adam(groups, betas=betas, fused=True, capturable=True)
+
+        self.autoencoder_optimizer, self.discriminator_optimizer = adam(groups[:2]), adam(groups[2:])
+        self.recent = None  # codes of the last batches, for the further steps of the regularization discriminator
+        if settings["regularization_steps"] > 1 and not flipped and self.model.regularization_discriminator is not None:
+            self.recent = self.model.sample_codes(settings["regularization_steps"] - 1, settings["batch_size"])
 
     def state_dict(self) -> dict:
         """Tensors and plain Python only, which `torch.load(weights_only=True)` reads without running code."""
@@ -113,15 +125,31 @@ class Run:
             "seconds": self.seconds, "model": self.model.state_dict(), "averaged": self.averaged.state_dict(),
             "autoencoder_optimizer": self.autoencoder_optimizer.state_dict(),
             "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
-            "random_state": torch.get_rng_state(),
+            "recent": self.recent, "random_state": torch.get_rng_state(),
             "cuda_random_state": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
+
+    def restore(self, state: dict) -> None:
+        """`load_state_dict` in place: no tensor moves, and what an optimizer did not have yet becomes zero."""
+        self.model.load_state_dict(state["model"])
+        if self.recent is not None:
+            self.recent.copy_(state["recent"])
+        for name in ("autoencoder_optimizer", "discriminator_optimizer"):
+            optimizer, saved = getattr(self, name), state[name]["state"]
+            for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                for key, tensor in optimizer.state[parameter].items():
+                    tensor.copy_(saved[i][key]) if i in saved else tensor.zero_()
+        torch.set_rng_state(state["random_state"].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_random_state"].cpu(), self.device)
 
     def load_state_dict(self, state: dict) -> None:
         """Take up where `state` was saved; together with `batch_indices` this is all a bit-exact resume needs."""
         self.step, self.seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
+        if self.recent is not None:
+            self.recent.copy_(state["recent"])
         self.autoencoder_optimizer.load_state_dict(state["autoencoder_optimizer"])
         self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
         torch.set_rng_state(state["random_state"].cpu())
@@ -129,18 +157,14 @@ class Run:
             torch.cuda.set_rng_state(state["cuda_random_state"].cpu())
 
 
-def train_step(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor] | None = None) -> dict:
+def update(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor] | None = None) -> dict:
     """Section 2's "Training Process" on images x (batch, *shape): the discriminators learn, then the autoencoder.
 
     labelled: (images, labels) for the cross-entropy of semi-supervised learning (Section 2.1.2), or None.
     Returns the losses as tensors on the device (reading them is what would wait for it).
     """
-    model, settings = run.model, run.settings
-    left = 1 - run.step / settings["steps"]  # of training, 1 to 0
-    falling = min(1.0, left / settings["decay"]) if settings["decay"] else 1.0
-    for group in (*run.discriminator_optimizer.param_groups, *run.autoencoder_optimizer.param_groups):
-        group["lr"] = falling * group["rate"]
-    precision = torch.autocast(run.device.type, torch.bfloat16, enabled=settings["precision"] == "bf16")
+    model = run.model
+    precision = torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings["precision"] == "bf16")
     with precision:
         # IAE: z_hat ~ q(z|x), x_hat ~ p(x|z_hat). FIAE: z ~ p(z), x_hat ~ p(x|z), z_hat ~ q(z|x_hat).
         codes_and_images = model(x)  # one pass serves both players
@@ -153,6 +177,14 @@ def train_step(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Te
         run.discriminator_optimizer.zero_grad()
         sum(losses.values()).backward()
         run.discriminator_optimizer.step()
+    if run.recent is not None:  # D(z) is cheap and must see every hole that q(z) leaves in p(z): it gets further steps
+        for z_hat in run.recent:  # (batch, global), the codes of an earlier batch
+            with precision:
+                loss = model.regularization_discriminator_loss(z_hat)
+            run.discriminator_optimizer.zero_grad()
+            loss.backward()
+            run.discriminator_optimizer.step()
+        run.recent.copy_(torch.cat([run.recent[1:], codes_and_images[0].detach()[None]]))
 
     # 2. Encoder and decoder descend T = -log D of the negative pair (Eq. 9-10), and the encoder the cost of
     #    KL(q(z) || p(z)). The discriminators only judge here: `inputs` spares their weights' gradients.
@@ -163,11 +195,56 @@ def train_step(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Te
     run.autoencoder_optimizer.zero_grad()
     sum(generative.values()).backward(inputs=run.autoencoder)
     run.autoencoder_optimizer.step()
+    return {name: loss.detach() for name, loss in (losses | generative).items()}
 
+
+def train_step(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor] | None = None) -> dict:
+    """One `update` between what changes with the steps: the learning rates before it, the averaged weights after it."""
+    settings = run.settings
+    left = 1 - run.step / settings["steps"]  # of training, 1 to 0
+    falling = min(1.0, left / settings["decay"]) if settings["decay"] else 1.0
+    for group in (*run.discriminator_optimizer.param_groups, *run.autoencoder_optimizer.param_groups):
+        if isinstance(group["lr"], torch.Tensor):  # on CUDA, where a captured update reads it from its place
+            group["lr"].fill_(falling * group["rate"])
+        else:
+            group["lr"] = falling * group["rate"]
+    if settings["capture"] and run.captured is None:
+        run.captured = Captured(run, x, labelled)
+    losses = run.captured(x, labelled) if run.captured else update(run, x, labelled)
     run.step += 1
     decay = min(settings["averaging"], run.step / (run.step + 10))  # short at first: forgets the first weights
     get_ema_multi_avg_fn(decay)(list(run.averaged.parameters()), run.autoencoder, run.step)
-    return {name: loss.detach() for name, loss in (losses | generative).items()}
+    return losses
+
+
+class Captured:
+    """`update` recorded once as a CUDA graph and replayed: one launch a step in place of some thousand.
+
+    The noise is drawn inside the graph, from the device's own generator. x and labelled are examples of the shapes.
+    """
+
+    def __init__(self, run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor] | None):
+        self.inputs = [tensor.clone() for tensor in (x, *(labelled or ()))]
+        arguments = (self.inputs[0], tuple(self.inputs[1:]) or None)
+        before = copy.deepcopy(run.state_dict())
+        side = torch.cuda.Stream(run.device)
+        side.wait_stream(torch.cuda.current_stream(run.device))
+        with torch.cuda.stream(side):  # libraries choose their algorithms in a warm-up, which must not be recorded
+            for _ in range(3):
+                update(run, *arguments)
+        torch.cuda.current_stream(run.device).wait_stream(side)
+        run.discriminator_optimizer.zero_grad()
+        run.autoencoder_optimizer.zero_grad()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.losses = update(run, *arguments)
+        run.restore(before)
+
+    def __call__(self, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor] | None) -> dict:
+        for place, tensor in zip(self.inputs, (x, *(labelled or ()))):
+            place.copy_(tensor)
+        self.graph.replay()
+        return self.losses
 
 
 def refresh_average(run: Run, x: torch.Tensor) -> IAE | FIAE:
@@ -518,6 +595,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--regularization-penalty", type=float, metavar="GAMMA", help="of R1 + R2 on the regularization discriminator")
     add("--reconstruction-weight", type=float, metavar="WEIGHT", help="of the reconstruction GAN in what is descended")
     add("--regularization-weight", type=float, metavar="WEIGHT", help="of the regularization GAN in what is descended")
+    add("--regularization-steps", type=int, metavar="K", help="of the IAE's D(z) for each step of the others")
     add("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help="in the reconstruction discriminator")
     add("--rates", type=float, nargs=4, metavar=("F", "G", "DX", "DZ"),
         help="learning rates of encoder, decoder, reconstruction and regularization discriminator")
@@ -543,9 +621,14 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     add("--precision", default="auto", choices=["auto", "float32", "bf16"],
         help="auto: bf16 where the hardware has it (%(default)s)")
+    add("--capture", action=argparse.BooleanOptionalAction, default=True,
+        help="on CUDA, replay the update as one CUDA graph; --no-capture: step by step (%(default)s)")
     add("--out", help="the run's folder (runs/DATASET-GLOBAL-LOCAL-NUMBER)")
     add("--resume", metavar="RUN",
         help="go on with a run's folder or checkpoint; --epochs, --steps, --device and --data-dir may change")
+
+    add("--benchmark", action="store_true",
+        help="time this project's step beside the field's way and plain float32, in one table, and end")
 
     add = parser.add_argument_group("using a trained model").add_argument
     add("--from", metavar="RUN", help="a run's folder or checkpoint, with one of the following")
@@ -583,6 +666,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("batch_size", "steps", "epochs", "sample"):
         if sizes[name] is not None and not 0 < sizes[name] < float("inf"):
             parser.error(f"--{name.replace('_', '-')} {sizes[name]}: must be more than 0")
+    if args.regularization_steps is not None and args.regularization_steps < 1:
+        parser.error(f"--regularization-steps {args.regularization_steps}: must be 1 or more")
     for rate in args.rates or ():
         if not 0 < rate < 1:
             parser.error(f"--rates {rate}: a learning rate must be above 0 and below 1")
@@ -648,7 +733,7 @@ def settings_of(args: argparse.Namespace, data: dict) -> dict:
     x, y = data["train"].x, data["train"].y
     settings = {**vars(args), "shape": list(x.shape[1:]), "regularization": not args.no_regularization,
                 "labelled_rows": labelled_rows(y, args.labels, vars(args)["global"], args.label_seed)}
-    for name in ("resume", "from", "sample", "reconstruct", "no_regularization", "seeds"):
+    for name in ("resume", "from", "sample", "reconstruct", "no_regularization", "seeds", "benchmark"):
         del settings[name]
     for name, value in RECIPES[args.recipe].items():
         if settings[name] is None:
@@ -657,6 +742,7 @@ def settings_of(args: argparse.Namespace, data: dict) -> dict:
     settings["conditioning"] = args.conditioning or ("dependent" if args.prior == "gaussian" else "invariant")
     settings["device"] = str(pick_device(args.device))
     settings["precision"] = pick_precision(args.precision, torch.device(settings["device"]))
+    settings["capture"] = args.capture and settings["device"].startswith("cuda")
     settings["steps"] = args.steps or max(1, round(args.epochs * (len(x) // args.batch_size)))
     return settings
 
@@ -675,7 +761,7 @@ def start(args: argparse.Namespace) -> tuple[Run, dict, str]:
 
 def refuse_changes(args: argparse.Namespace, given: set, settings: dict) -> None:
     """InputError where the command line gives a setting another value than the run was made with."""
-    for name in sorted(given - {"resume", "epochs", "steps", "device", "data_dir", "seeds"}):
+    for name in sorted(given - {"resume", "epochs", "steps", "device", "data_dir", "seeds", "capture"}):
         old = not settings["regularization"] if name == "no_regularization" else settings.get(name)
         if vars(args)[name] != old:
             raise InputError(f"--{name.replace('_', '-')} {vars(args)[name]}: the run was made with {old}; "
@@ -693,6 +779,7 @@ def resume(args: argparse.Namespace, given: set) -> tuple[Run, dict, str]:
         settings["data_dir"] = args.data_dir
     if "device" in given or settings["device"] != "cpu":
         settings["device"] = str(pick_device(args.device))
+    settings["capture"] = args.capture and settings["device"].startswith("cuda")
     data = load_dataset(settings["dataset"], settings["data_dir"], settings["validation"], settings["device"])
     if "steps" in given or "epochs" in given:
         settings["steps"] = args.steps or round(args.epochs * (len(data["train"].x) // settings["batch_size"]))
@@ -742,6 +829,138 @@ def use_model(args: argparse.Namespace) -> None:
             draws = draw(model, x, draws=5 if model.local_size else 1)[1]
             sheet(torch.cat([to_range(x, model.shape)[None], draws]).flatten(0, 1), len(x), out)
     print(f"wrote {out}")
+
+
+# -------------------------------------------------------------------------------------------------------- benchmark
+
+
+class PerImage(torch.utils.data.Dataset):
+    """The field's way with data: each image converted by itself, for a DataLoader with worker processes."""
+
+    def __init__(self, x: torch.Tensor, shape: tuple[int, int, int]):
+        self.x, self.shape = x.cpu(), shape
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return to_range(self.x[i], self.shape)
+
+
+def field_update(run: Run, x: torch.Tensor) -> None:
+    """The same losses as in `update`, written as most public code writes them: what the benchmark compares with.
+
+    float32, contiguous, default Adam, and plain backward calls, which also compute gradients that nobody uses.
+    """
+    model = run.model
+    outputs = model(x)
+    losses = model.discriminator_losses(x, *outputs)
+    if losses:
+        run.discriminator_optimizer.zero_grad()
+        sum(losses.values()).backward()
+        run.discriminator_optimizer.step()
+    run.autoencoder_optimizer.zero_grad()
+    sum(model.autoencoder_losses(x, *outputs).values()).backward()
+    run.autoencoder_optimizer.step()
+    for average, parameter in zip(run.averaged.parameters(), run.autoencoder):
+        average.lerp_(parameter.detach(), 1 - run.settings["averaging"])
+
+
+def benchmark(args: argparse.Namespace, rounds: int = 7, seconds: float = 4.0) -> dict:
+    """--benchmark: this project's step beside the field's way and its own float32, in turns; medians, as one table.
+
+    Returns steps a second by row. FLOP are torch's count of the layers' multiplications, forward and backward.
+    """
+    data = load_dataset(args.dataset, args.data_dir, args.validation, pick_device(args.device))
+    settings, x = settings_of(args, data), data["train"].x
+    device, batch = torch.device(settings["device"]), settings["batch_size"]
+
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def ours(**changes):
+        run = Run({**settings, "steps": 10**9, **changes})
+
+        def step():
+            rows = batch_indices(len(x), batch, run.step, 0).to(device)
+            train_step(run, to_range(x[rows], run.model.shape))
+        return run, step
+
+    def field(batches):
+        run = Run({**settings, "precision": "float32", "capture": False})
+        run.model.to(memory_format=torch.contiguous_format)
+        for name in ("autoencoder_optimizer", "discriminator_optimizer"):
+            groups = [{"params": group["params"], "lr": group["rate"]} for group in getattr(run, name).param_groups]
+            setattr(run, name, torch.optim.Adam(groups, betas=(settings["beta1"], 0.99)))
+        return run, lambda: field_update(run, next(batches).to(device, non_blocking=True))
+
+    def loaded():
+        loader = torch.utils.data.DataLoader(PerImage(x, tuple(settings["shape"])), batch, shuffle=True, num_workers=2,
+                                             drop_last=True, persistent_workers=True, pin_memory=device.type == "cuda")
+        while True:
+            yield from loader
+
+    def preloaded():
+        images = to_range(x, tuple(settings["shape"]))
+        while True:
+            yield images[torch.randint(len(images), (batch,), device=device)]
+
+    rows = {"this project": ours(), "this project, eager float32": ours(precision="float32", capture=False),
+            "the field's way, DataLoader": field(loaded()), "the field's way, data preloaded": field(preloaded())}
+    times = {name: [] for name in rows}
+    for turn in range(rounds + 1):  # the first turn warms up
+        for name, (_, step) in rows.items():
+            count, began = 0, time.monotonic()
+            while count == 0 or time.monotonic() - began < seconds:
+                step()
+                wait()
+                count += 1
+            if turn:
+                times[name].append((time.monotonic() - began) / count)
+    run = rows["this project, eager float32"][0]
+    with FlopCounterMode(display=False) as counter:
+        update(run, to_range(x[:batch], run.model.shape))
+    flop = counter.get_total_flops()
+    parameters = sum(p.numel() for p in run.model.parameters())
+    averaged = sum(p.numel() for p in run.averaged.parameters())
+    traffic = 36 * parameters + 12 * averaged  # bytes: read, gradient written, Adam 7 x 4; average read twice, written
+
+    kind = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
+    a, b = torch.randn(2048, 2048, device=device).to(kind), torch.randn(2**26, device=device)
+
+    def fastest(work):
+        found = []
+        for _ in range(8):
+            began = time.monotonic()
+            work()
+            wait()
+            found.append(time.monotonic() - began)
+        return min(found)
+
+    peak, bandwidth = 2 * 2048**3 / fastest(lambda: a @ a), 2 * 4 * 2**26 / fastest(b.clone)
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * peak_memory()
+    host = host_facts(device)
+    print(f"{host['hardware']}, {host['threads']} threads, torch {host['torch']}, batch {batch}, "
+          f"recipe {settings['recipe']}, {settings['precision']}; {flop / 1e9:.1f} GFLOP and {traffic / 1e9:.2f} GB of "
+          f"parameter traffic a step;\npeak of a matrix product {peak / 1e12:.2f} TFLOP/s, bandwidth of a copy "
+          f"{bandwidth / 1e9:.1f} GB/s, most memory in use {memory / 1e9:.2f} GB (all rows together)\n")
+    print("| | steps a second | images a second | ours is faster by | share of the peak | share of the bandwidth |")
+    print("|---|---|---|---|---|---|")
+    median = {name: float(np.median(each)) for name, each in times.items()}
+    for name, second in median.items():
+        print(f"| {name} | {1 / second:.2f} | {batch / second:.0f} | {second / median['this project']:.2f} | "
+              f"{100 * flop / second / peak:.0f} % | {100 * traffic / second / bandwidth:.0f} % |")
+    return {name: 1 / second for name, second in median.items()}
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, KiB; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def summary(metrics: dict) -> str:
@@ -804,6 +1023,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if vars(args)["from"]:
             return use_model(args)
+        if args.benchmark:
+            benchmark(args)
+            return
         if not (sweep(args, given) if args.seeds else run_once(args, given)):
             sys.exit(130)
     except InputError as error:
