@@ -36,7 +36,6 @@ from PIL import Image
 from torch import nn
 
 import data
-import files
 import iae
 import metrics
 import toy
@@ -475,6 +474,42 @@ def test_style_of_drawn_bars():
     assert max(map(abs, metrics.style_correlation(torch.randn(2000, 6, 2)))) < 0.05
 
 
+def test_where_the_local_variance_lies():
+    torch.manual_seed(0)
+    x = torch.randn(400, 3, 8, 12)
+    draws = torch.zeros(6, 50, 3, 8, 12)
+    draws[..., :4] = torch.randn(6, 50, 3, 8, 4)  # the left third varies as the data do, the right one half as much
+    draws[..., 8:] = torch.randn(6, 50, 3, 8, 4) * 0.5**0.5
+    draws[..., 4:8] = torch.randn(6, 50, 3, 8, 4) * 0.5
+    ratio = metrics.variance_map(draws, x)
+    assert ratio.shape == (8, 12) and ratio[:, :4].mean().item() == pytest.approx(1, abs=0.05)
+    assert metrics.outer_over_middle(ratio) == pytest.approx(0.75 / 0.25, rel=0.05)
+    assert metrics.local_diversity(draws, x) == pytest.approx(ratio.mean().item(), rel=0.05)
+
+    colour = torch.randn(2000, 3, 1, 1)  # one colour all over, and noise
+    assert metrics.side_colour_correlation(colour + 0.1 * torch.randn(2000, 3, 8, 12)) > 0.95
+    sides = torch.randn(2000, 3, 8, 12)
+    assert abs(metrics.side_colour_correlation(sides)) < 0.05
+
+
+def test_attributes_are_judged_one_by_one(tmp_path):
+    torch.manual_seed(0)
+    y = torch.randint(2, (200, 2), dtype=torch.uint8)
+    x = torch.zeros(200, 3, 16, 16, dtype=torch.uint8)
+    x[:, 0, :8] = y[:, 0, None, None] * 250  # attribute 0 is the upper half's red, attribute 1 the lower half's blue
+    x[:, 2, 8:] = y[:, 1, None, None] * 250
+    judge = metrics.fixed_classifier(x, y, str(tmp_path), epochs=12)
+    model = IAE.for_images((3, 16, 16), 4, 3)
+    model.encode = lambda images: torch.zeros(len(images), 4)
+    keeps_red = torch.full((3, 16, 16), -1.0)
+    keeps_red[0, :8] = 1
+    model.decode = lambda z, n=None: keeps_red.expand(len(z), 3, 16, 16)
+    found = metrics.evaluate(model.eval(), (x, y), data.Images(x, y, ("red", "blue")), judge, count=200)["attributes"]
+    assert [a["attribute"] for a in found] == ["red", "blue"] and all(a["on_data"] == 1 for a in found)
+    share = y.double().mean(0)
+    assert found[0]["kept"] == pytest.approx(share[0].item()) and found[1]["kept"] == pytest.approx(1 - share[1].item())
+
+
 def test_labels_are_drawn_evenly_and_apart_from_the_seed():
     y = torch.arange(100) % 4
     rows = train.labelled_rows(y, 20, 4, seed=1)
@@ -527,7 +562,8 @@ def test_train_writes_its_folder_and_the_model_can_be_used(digits, tmp_path, cap
     out = tmp_path / "run"
     run("--dataset", digits, *COMMON, "--steps", 3, "--out", out, "--data-dir", pathlib.Path(digits).parent)
     assert set(os.listdir(out)) == {"lock", "config.json", "metrics.jsonl", "final.json", "checkpoint.pt",
-                                    "reconstructions.png", "samples.png", "curves.png"}
+                                    "reconstructions.png", "samples.png", "curves.png", "interpolation.png",
+                                    "swap.png", "neighbours.png"}
     final = json.loads((out / "final.json").read_text())
     assert final["steps"] == 3 and final["host"]["torch"] == torch.__version__
     assert 0 <= final["metrics"]["labels_kept"] <= 1
@@ -559,6 +595,18 @@ def test_every_case_of_sections_2_and_3_runs(options, digits, tmp_path):
     cache = pathlib.Path(digits).parent
     run("--dataset", digits, *COMMON, *options, "--steps", 2, "--out", tmp_path / "run", "--data-dir", cache)
     assert json.loads((tmp_path / "run" / "final.json").read_text())["steps"] == 2
+
+
+def test_colour_pictures_with_attributes_run(tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "colour.npz", x=rng.integers(0, 255, (60, 16, 16, 3), dtype=np.uint8), y=np.arange(60) % 2)
+    out = tmp_path / "run"
+    run("--dataset", tmp_path / "colour.npz", *COMMON, "--steps", 2, "--out", out, "--data-dir", tmp_path)
+    assert {"variance.png", "interpolation.png", "swap.png", "neighbours.png"} <= set(os.listdir(out))
+    final = json.loads((out / "final.json").read_text())
+    assert final["settings"]["data"]["train"]["images"] == 54 and final["metrics"]["outer_over_middle"] > 0
+    np.savez(tmp_path / "colour.npz", x=rng.integers(0, 255, (60, 16, 16, 3), dtype=np.uint8), y=np.arange(60) % 2)
+    run("--resume", out, "--steps", 3, expect=2)
 
 
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(digits, tmp_path, monkeypatch):
@@ -954,8 +1002,8 @@ FAILURES = {
 def test_next_mirror_takes_over(tiny_mnist, server, monkeypatch, tmp_path, capsys, failure):
     behaviour, requests = server
     behaviour["bad"], reason = FAILURES[failure]
-    monkeypatch.setattr(files, "SILENT_SECONDS", 0.5)
-    monkeypatch.setattr(files, "DOWNLOAD_SECONDS", 0.3 if failure == "drip" else 60)
+    monkeypatch.setattr(data, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(data, "DOWNLOAD_SECONDS", 0.3 if failure == "drip" else 60)
     start = time.monotonic()
     check_loaded(data.load_dataset("mnist", tmp_path), tiny_mnist)
     assert time.monotonic() - start < 10
@@ -990,7 +1038,7 @@ def test_only_missing_files_are_fetched(tiny_mnist, server, tmp_path):
 def test_progress_stays_on_one_line_of_a_terminal(tiny_mnist, server, monkeypatch, tmp_path, capsys):
     data.load_dataset("mnist", tmp_path / "plain")
     assert "\r" not in capsys.readouterr().err
-    monkeypatch.setattr(files.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(data.sys.stderr, "isatty", lambda: True)
     data.load_dataset("mnist", tmp_path / "terminal")
     lines = capsys.readouterr().err.split("\n")
     assert sum(line.startswith("\rmnist: ") for line in lines) == 4 and lines[-1] == ""
@@ -1002,7 +1050,7 @@ def test_interrupted_save_leaves_nothing(tiny_mnist, server, monkeypatch, tmp_pa
         assert os.path.dirname(source) == os.path.dirname(target) and os.path.getsize(source) > 0
         raise error
 
-    monkeypatch.setattr(files.os, "replace", replace)
+    monkeypatch.setattr(data.os, "replace", replace)
     if error is KeyboardInterrupt:
         with pytest.raises(KeyboardInterrupt):
             data.load_dataset("mnist", tmp_path)
@@ -1196,7 +1244,7 @@ def test_batch_size_out_of_range(size):
     assert f"batch size {size}" in one_line(data.batch_indices, 10, size, 0, 0)
 
 
-# ------------------------------------------------------ data.py, files.py: SVHN, CelebA, pictures, hostile bytes
+# ------------------------------------------------------ data.py: SVHN, CelebA, pictures, hostile bytes
 
 REAL = os.environ.get("IAE_TEST_DATA")  # a folder of real data: mnist/, svhn/dev/, celeba/
 needs_real_data = pytest.mark.skipif(not REAL, reason="IAE_TEST_DATA names no folder of real data")
@@ -1538,7 +1586,7 @@ def test_official_files_are_fetched_checked_or_not_kept(tiny_svhn, web, tmp_path
     root, bodies, behaviour, _ = web
     bodies.update(tiny_svhn)
     behaviour["bad"], reason = OFFICIAL_FAILURES[failure]
-    monkeypatch.setattr(files, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(data, "SILENT_SECONDS", 0.5)
     monkeypatch.setattr(data, "SVHN_MIRRORS", (f"{root}/bad/",))
     message = one_line(data.load_dataset, "svhn", tmp_path)
     assert reason in message and f"by hand from {root}/bad/ and put it in {tmp_path / 'svhn'}" in message

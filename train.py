@@ -8,14 +8,17 @@ The algorithm is `train`; around it stand the settings, the folder of a run, and
 """
 
 import argparse
+import contextlib
 import copy
 import json
+import math
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 try:
     import fcntl
@@ -33,10 +36,11 @@ from PIL import Image, UnidentifiedImageError
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import InputError, batch_indices, load_dataset
+from data import InputError, batch_indices, brief, fingerprints, load_dataset
 from fiae import FIAE, InfoGAN
 from iae import IAE, to_range, to_uint8
-from metrics import assignments, draw, evaluate, evaluate_clusters, fixed_classifier
+from metrics import (assignments, draw, draw_local, evaluate, evaluate_clusters, fixed_classifier,
+                     variance_map)
 
 # Each recipe holds what the paper leaves open. "paper": the original GAN losses (Eq. 1), BatchNorm in the
 # discriminators as in Appendix D.2, InfoGAN's optimizer settings. "stable": what measures better (README, "Recipes").
@@ -59,7 +63,7 @@ RECIPES = {
         penalty=0.0,
         regularization_penalty=0.0,
         reconstruction_weight=1.0,
-        regularization_weight=10.0,
+        regularization_weight=10.0,  # 1 where --local is 0: there all of x must pass through z (README, "What failed")
         regularization_steps=8,
         batch_norm=True,
         beta1=0.0,
@@ -68,7 +72,13 @@ RECIPES = {
         averaging=0.999,
     ),
 }
+CHOICES = {
+    "model": ("iae", "fiae", "infogan"), "prior": ("gaussian", "categorical"), "objective": ("gan", "paired", "kl"),
+    "conditioning": ("dependent", "invariant"), "recipe": tuple(RECIPES), "precision": ("auto", "float32", "bf16"),
+}
 PROJECT, FORMAT = "implicit-autoencoders", 2  # what a checkpoint says it is
+SAVE_SECONDS = 120  # between checkpoints
+JUDGED_STEPS = 400  # a discriminator or code that shows nothing by then is named in the log
 
 
 def build_model(settings: dict) -> IAE | FIAE:
@@ -85,11 +95,19 @@ def build_model(settings: dict) -> IAE | FIAE:
     return IAE.for_images(*sizes, **options, euclidean=settings["euclidean"], regularization=settings["regularization"])
 
 
+def recent_size(settings: dict, model: IAE | FIAE) -> tuple[int, int] | None:
+    """(batches, rows) of the codes kept for the further steps of the IAE's D(z); None where it makes none."""
+    if settings["regularization_steps"] == 1 or isinstance(model, FIAE) or model.regularization_discriminator is None:
+        return None
+    return settings["regularization_steps"] - 1, settings["batch_size"]
+
+
 class Run:
     """What training moves, and so what a checkpoint holds: the two players, their optimizers, the average, the step."""
 
     def __init__(self, settings: dict):
         self.settings, self.step, self.seconds, self.captured = settings, 0, 0.0, None
+        self.judged, self.warned = [], set()  # of `warn_of_dead_discriminator`, `warn`
         self.device = torch.device(settings["device"])
         torch.manual_seed(settings["seed"])
         self.model = build_model(settings).to(self.device, memory_format=torch.channels_last)
@@ -114,9 +132,8 @@ class Run:
             return torch.optim.Adam(groups, betas=betas, fused=True, capturable=True)
 
         self.autoencoder_optimizer, self.discriminator_optimizer = adam(groups[:2]), adam(groups[2:])
-        self.recent = None  # codes of the last batches, for the further steps of the regularization discriminator
-        if settings["regularization_steps"] > 1 and not flipped and self.model.regularization_discriminator is not None:
-            self.recent = self.model.sample_codes(settings["regularization_steps"] - 1, settings["batch_size"])
+        size = recent_size(settings, self.model)
+        self.recent = self.model.sample_codes(*size) if size else None
 
     def state_dict(self) -> dict:
         """Tensors and plain Python only, which `torch.load(weights_only=True)` reads without running code."""
@@ -150,8 +167,14 @@ class Run:
         self.averaged.load_state_dict(state["averaged"])
         if self.recent is not None:
             self.recent.copy_(state["recent"])
-        self.autoencoder_optimizer.load_state_dict(state["autoencoder_optimizer"])
-        self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+        for name in ("autoencoder_optimizer", "discriminator_optimizer"):
+            optimizer, saved = getattr(self, name), state[name]["state"]
+            parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+            for i, moments in saved.items():
+                like = {"step": torch.zeros(()), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]}
+                check_tensors(moments, like, f"{name} {i}: ")
+            # The moments alone: rates, betas and the form for a GPU or a CPU are this run's.
+            optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
         torch.set_rng_state(state["random_state"].cpu())
         if self.device.type == "cuda" and state["cuda_random_state"] is not None:
             torch.cuda.set_rng_state(state["cuda_random_state"].cpu())
@@ -267,11 +290,13 @@ def write(path: str, save) -> None:
     """`save(temporary path)`, then move it into place: a kill at any moment leaves the previous file whole."""
     try:
         save(path + ".part")
+        with open(path + ".part", "rb") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the new name with nothing in it
         os.replace(path + ".part", path)
     except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
-        if os.path.exists(path + ".part"):
+        with contextlib.suppress(OSError):
             os.remove(path + ".part")
-        raise InputError(f"cannot write {path}: {error}; free space or choose another folder with --out") from None
+        raise InputError(f"cannot write {path} ({brief(error)}); free space there, or choose another --out") from None
 
 
 def write_json(path: str, content: dict) -> None:
@@ -284,25 +309,97 @@ def write_json(path: str, content: dict) -> None:
     write(path, save)
 
 
+def checkpoint_file(path: str) -> str:
+    """The checkpoint that `path`, a run's folder or the file itself, stands for. InputError where it is not there."""
+    if os.path.isdir(path):
+        path = os.path.join(path, "checkpoint.pt")
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such checkpoint; name a run's folder or its checkpoint.pt")
+    return path
+
+
 def read_checkpoint(path: str) -> dict:
     """The state that `Run.state_dict` wrote, from a checkpoint or a run's folder; no code of the file is run.
 
-    Raises InputError where the file is missing, damaged, of another project or of another format.
+    Raises InputError where the file is missing, damaged, of another project or of another format, or where settings
+    and tensors are not those of one model: a stranger may have written it.
     """
-    if os.path.isdir(path):
-        path = os.path.join(path, "checkpoint.pt")
-    if not os.path.exists(path):
-        raise InputError(f"{path}: no such checkpoint; name a run's folder or its checkpoint.pt")
+    path = checkpoint_file(path)
     try:
+        with zipfile.ZipFile(path) as archive:  # torch would unpack a compressed member whole, whatever its size
+            members = archive.infolist()
+        if any(member.compress_type for member in members) or sum(m.file_size for m in members) > os.path.getsize(path):
+            raise ValueError("compressed")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in any of torch's, pickle's and zipfile's ways
         raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); use another copy") from None
     if not isinstance(state, dict) or state.get("project") != PROJECT:
         raise InputError(f"{path}: not a checkpoint of this project; name one that train.py wrote")
     if state.get("format") != FORMAT:
-        raise InputError(f"{path}: checkpoint format {state.get('format')!r}, this code reads {FORMAT}; "
+        raise InputError(f"{path}: checkpoint format {brief(str(state.get('format')))}, this code reads {FORMAT}; "
                          "use the version of the code that wrote it")
+    try:
+        state["settings"] = settings = checked_settings(state["settings"])
+        if type(state["step"]) is not int or type(state["seconds"]) is not float or not 0 <= state["step"] < 2**31:
+            raise ValueError("step and seconds are no numbers")
+        with torch.device("meta"):  # a layout without memory: sizes may be absurd
+            model = build_model(settings)
+            size = recent_size(settings, model)
+            recent = {"recent": torch.empty(*size, settings["global"])} if size else {}
+        weights = model.state_dict()
+        check_tensors(state["model"], weights)
+        check_tensors(state["averaged"], {name: like for name, like in weights.items() if "discriminator" not in name})
+        check_tensors({"recent": state["recent"]} if state["recent"] is not None else {}, recent)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: the checkpoint's settings and tensors do not fit each other ({brief(error)}); "
+                         "use another copy") from None
     return state
+
+
+def checked_settings(settings: dict) -> dict:
+    """A checkpoint's settings: each of the kind and in the range of `settings_of`, as a stranger may have written them.
+
+    What an older version did not know yet takes its default. Raises KeyError, TypeError or ValueError.
+    """
+    defaults = vars(parse([])[0])
+    kinds = {**defaults, **RECIPES["stable"], "epochs": 1.0, "steps": 1, "conditioning": "", "rates": [1.0],
+             "shape": [1], "regularization": True, "labelled_rows": [1], "data": {}, "out": "", "image_size": 1}
+    for name in ("resume", "from", "sample", "reconstruct", "no_regularization", "seeds", "benchmark"):
+        del kinds[name]
+    found = {}
+    for name, kind in kinds.items():
+        value = found[name] = settings.get(name, {"data": {}, **defaults}.get(name))
+        if value is None and name in ("out", "image_size"):
+            continue
+        if type(value) is not type(kind) and not (type(value) is int and type(kind) is float):
+            raise ValueError(f"setting {name} is of type {type(value).__name__}")
+        if isinstance(kind, list) and not all(type(item) is type(kind[0]) for item in value):
+            raise ValueError(f"setting {name} holds other things than numbers")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"setting {name} is {value!r}")
+    if len(found["shape"]) != 3 or len(found["rates"]) != 4:
+        raise ValueError("settings shape and rates need 3 and 4 numbers")
+    for facts in found["data"].values():
+        if {name: type(fact) for name, fact in facts.items()} != {"images": int, "fingerprint": str}:
+            raise ValueError("setting data is not made of counts and fingerprints")
+
+    def refuse(message):
+        raise ValueError(message)
+
+    check(refuse, argparse.Namespace(**{**defaults, **found, "no_regularization": not found["regularization"]}))
+    return found
+
+
+def check_tensors(found: dict, wanted: dict, where: str = "") -> None:
+    """ValueError where tensors have not the names, shapes and types of `wanted`, each in memory of its own size."""
+    for name in [*wanted, *found]:
+        tensor, like = found.get(name), wanted.get(name)
+        if tensor is None or like is None:
+            raise ValueError(f"{where}{name} is {'missing' if tensor is None else 'not of the model'}")
+        dense = type(tensor) is torch.Tensor and tensor.layout is torch.strided and tensor.device.type == "cpu" and (
+            tensor.is_contiguous() or tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+        if not dense or tensor.shape != like.shape or tensor.dtype != like.dtype:
+            raise ValueError(f"{where}{name} is not a dense {like.dtype} tensor of shape {tuple(like.shape)}")
 
 
 def load_checkpoint(path: str, device: str = "cpu") -> IAE | FIAE:
@@ -312,24 +409,17 @@ def load_checkpoint(path: str, device: str = "cpu") -> IAE | FIAE:
     network's range (`iae.to_range`). Raises InputError where the file does not hold such a model.
     """
     state = read_checkpoint(path)
-    try:
-        model = build_model(state["settings"])
-        model.reconstruction_discriminator = model.regularization_discriminator = None
-        model.load_state_dict(state["averaged"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise InputError(f"{path}: the checkpoint's tensors do not fit its settings "
-                         f"({str(error).splitlines()[0]}); use another copy") from None
+    model = build_model(state["settings"])
+    model.reconstruction_discriminator = model.regularization_discriminator = None
+    model.load_state_dict(state["averaged"])
     return model.to(device).eval().requires_grad_(False)
 
 
 def new_folder(run: Run) -> str:
     """The run's folder: --out, or runs/NAME-NUMBER with the next free number. It can be resumed from now on."""
     settings = run.settings
-    if settings["out"]:
-        path = settings["out"]
-        if any(os.path.exists(os.path.join(path, name)) for name in ("config.json", "checkpoint.pt")):
-            raise InputError(f"{path} holds a run already; choose another --out, or go on with --resume {path}")
-    else:
+    path = settings["out"]
+    if not path:
         name = os.path.splitext(os.path.basename(settings["dataset"]))[0]
         stem = os.path.join("runs", f"{name}-{settings['global']}-{settings['local']}")
         path = next(f"{stem}-{i}" for i in range(10**6) if not os.path.exists(f"{stem}-{i}"))
@@ -338,8 +428,11 @@ def new_folder(run: Run) -> str:
     except OSError as error:
         raise InputError(f"cannot write to {path}: {error.strerror}; choose another folder with --out") from None
     run.lock = lock(path)
+    if any(os.path.exists(os.path.join(path, name)) for name in ("config.json", "checkpoint.pt")):
+        raise InputError(f"{path} holds a run already; choose another --out, or go on with --resume {path}")
+    run.host = host_facts(run.device)
     write(os.path.join(path, "checkpoint.pt"), lambda part: torch.save(run.state_dict(), part))
-    write_json(os.path.join(path, "config.json"), {**settings, "host": host_facts(run.device)})
+    write_json(os.path.join(path, "config.json"), {**settings, "host": run.host})
     return path
 
 
@@ -396,26 +489,69 @@ def draw_figures(model: IAE, x: torch.Tensor, y: torch.Tensor | None, folder: st
     """reconstructions.png and samples.png of uint8 test images x, with the same noise each time.
 
     reconstructions.png is in the manner of Figure 2: originals in the first row, below them x_hat for five draws of n
-    (one where there is no n); with labels y two images of each class.
+    (one where there is no n), the same n along a row; with labels y two images of each class.
     """
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.manual_seed(0)
-        if y is not None:
+        if y is not None and y.dim() == 1:
             kinds = y.unique()[:10]
             chosen = torch.cat([(y == kind).nonzero()[:2, 0] for kind in kinds])
         else:
             chosen = torch.arange(min(20, len(x)))
         originals = to_range(x[chosen], model.shape)
         if model.global_size:
-            draws = draw(model, x[chosen], draws=5 if model.local_size else 1)[1]
-            rows = torch.cat([originals[None], draws]).flatten(0, 1)
-            sheet(rows, len(chosen), os.path.join(folder, "reconstructions.png"))
+            z, n = model.encode(originals), torch.randn(5 if model.local_size else 1, model.local_size, device=x.device)
+            rows = [model.decode(z, row.expand(len(z), -1) if model.local_size else None) for row in n]
+            sheet(torch.cat([originals, *rows]), len(chosen), os.path.join(folder, "reconstructions.png"))
         sheet(model.sample(200), 20, os.path.join(folder, "samples.png"))
         if model.prior == "categorical":  # Figure 6: a column a cluster, a row one n
             z = torch.eye(model.global_size, device=x.device)
             n = torch.randn(10, model.local_size, device=x.device)
             rows = [model.decode(z, row.expand(len(z), -1) if model.local_size else None) for row in n]
             sheet(torch.cat(rows), len(z), os.path.join(folder, "clusters.png"))
+
+
+@torch.no_grad()
+def draw_codes(model: IAE | FIAE, x: torch.Tensor, folder: str) -> None:
+    """Of uint8 test images x: interpolation.png, eight pairs, between each pair's originals its codes in even steps with
+    one n; and with local noise swap.png, the global code of the row's image with the local code of the column."""
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed(0)
+        some = to_range(x[:16], model.shape)
+        half = len(some) // 2
+        z, n = model.encode(some), torch.randn(11, model.local_size, device=x.device)
+        steps = torch.linspace(0, 1, 10, device=x.device)[:, None, None]
+        between = ((1 - steps) * z[:half] + steps * z[half:2 * half]).transpose(0, 1).flatten(0, 1)  # (half * 10, global)
+        images = model.decode(between, n[:1].expand(len(between), -1) if model.local_size else None)
+        rows = torch.cat([some[:half, None], images.unflatten(0, (half, 10)), some[half:2 * half, None]], 1)
+        sheet(rows.flatten(0, 1), 12, os.path.join(folder, "interpolation.png"))
+        if model.local_size:
+            columns = [some[:10], *(model.decode(z[:10], row.expand(len(z[:10]), -1)) for row in n[:10])]
+            sheet(torch.stack(columns, 1).flatten(0, 1), 11, os.path.join(folder, "swap.png"))
+
+
+@torch.no_grad()
+def draw_map(model: IAE | FIAE, x: torch.Tensor, folder: str) -> None:
+    """variance.png: where in the picture n varies x_hat, the heat map of `metrics.variance_map` on uint8 images x."""
+    ratio = variance_map(draw_local(model, x[:1000]), to_range(x[:1000], model.shape)).cpu().numpy()
+    figure, axis = plt.subplots(figsize=(3.6, 3))
+    figure.colorbar(axis.imshow(ratio, cmap="viridis"), ax=axis, label="variance over n / of the data")
+    axis.axis("off")
+    figure.tight_layout()
+    write(os.path.join(folder, "variance.png"), lambda part: figure.savefig(part, format="png", dpi=100))
+    plt.close(figure)
+
+
+@torch.no_grad()
+def draw_neighbours(model: IAE | FIAE, x: torch.Tensor, classifier, folder: str) -> None:
+    """neighbours.png: 20 samples over the three training images (uint8 x) nearest to each in the classifier's features."""
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed(0)
+        samples = model.sample(20)
+        features = torch.cat([classifier.features(to_range(part, model.shape)) for part in x[:20000].split(1000)])
+        nearest = torch.cdist(classifier.features(samples), features).topk(min(3, len(x)), largest=False).indices
+        rows = [samples, *(to_range(x[column], model.shape) for column in nearest.T)]
+        sheet(torch.cat(rows), 20, os.path.join(folder, "neighbours.png"))
 
 
 @torch.no_grad()
@@ -497,12 +633,61 @@ def log_losses(run: Run, losses: dict, folder: str) -> str:
         with open(os.path.join(folder, "metrics.jsonl"), "a") as file:
             file.write(json.dumps({"step": run.step, "seconds": round(run.seconds, 2), **numbers}) + "\n")
     except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}; free space, then go on with --resume") from None
+        raise InputError(f"cannot write to {folder} ({error.strerror}); mend that, then go on with --resume") from None
+    warn_of_dead_discriminator(run, numbers)
     steps, speed = run.settings["steps"], run.step / max(run.seconds, 1e-9)
     left = int((steps - run.step) / speed)
     eta = f"{left // 3600}:{left % 3600 // 60:02}:{left % 60:02}"
     short = "  ".join(f"{name.replace('_discriminator', ' D')} {number:.3f}" for name, number in numbers.items())
     return f"step {run.step}/{steps}  {speed:.1f}/s  ETA {eta}  {short}"
+
+
+def warn(run: Run, kind: str, text: str) -> None:
+    """One line in the log, once a run and kind."""
+    if kind not in run.warned:
+        run.warned.add(kind)
+        end_of_progress = "\n" if sys.stderr.isatty() else ""
+        print(f"{end_of_progress}warning: step {run.step}: {text}", file=sys.stderr, flush=True)
+
+
+def warn_of_dead_discriminator(run: Run, numbers: dict) -> None:
+    """Notices a discriminator of images whose loss never fell below what constant logits give.
+
+    The discriminators of codes are not judged: there that value is also what a q(z) equal to p(z) gives.
+    """
+    name = "regularization_discriminator" if isinstance(run.model, FIAE) else "reconstruction_discriminator"
+    if name not in numbers or len(run.judged) == JUDGED_STEPS // 20:
+        return
+    run.judged.append(numbers[name])
+    objective = run.settings["objective"]
+    if objective == "paired" and isinstance(run.model, FIAE):
+        objective = "gan"
+    blind = {"gan": 2 * math.log(2), "paired": math.log(2), "kl": 0.0}[objective]
+    if len(run.judged) == JUDGED_STEPS // 20 and min(run.judged) > blind - 0.005:
+        warn(run, name, f"the {name} learns nothing: its loss has never been below {blind:.3f}, what constant logits "
+                        "give; try another of its --rates, --no-batch-norm, or another --seed")
+
+
+@torch.no_grad()
+def warn_of_collapse(run: Run, model: IAE | FIAE, x: torch.Tensor) -> None:
+    """Notices, on uint8 images x, one cluster that holds nearly all of them, or a code that the images do not follow."""
+    if not model.global_size or run.step < JUDGED_STEPS:
+        return
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed(0)
+        x = to_range(x[:500], model.shape)
+        z, order = model.encode(x), torch.randperm(len(x)).to(x.device)
+        share = torch.bincount(z.argmax(1)).max().item() / len(z)
+        if model.prior == "categorical" and model.global_size > 1 and share > 0.9:
+            warn(run, "cluster", f"one of {model.global_size} clusters holds {share:.0%} of the images; try a higher "
+                                 "--regularization-weight, a lower first of --rates, or another --seed")
+            return
+        n = torch.randn(len(x), model.local_size, device=x.device) if model.local_size else None
+        moved = (model.decode(z, n) - model.decode(z[order], n)).square().mean()
+    # Independent images would differ by twice their variance.
+    if moved < 0.01 * 2 * x.var(0).mean():
+        warn(run, "code", "the code is ignored: with another image's z and the same n nearly the same comes out; try a "
+                          "smaller --local, a lower --regularization-weight, or another --seed")
 
 
 def train(run: Run, data: dict, folder: str, stop: Stop) -> bool:
@@ -530,9 +715,11 @@ def train(run: Run, data: dict, folder: str, stop: Stop) -> bool:
             print(line, end="\r" if terminal and not last else "\n", file=sys.stderr, flush=True)
             printed = time.monotonic()
         if run.step in (100, 200, 400) or run.step % 1000 == 0 or last:
-            draw_figures(refresh_average(run, x_train), held.x, held.y, folder)
+            model = refresh_average(run, x_train)
+            warn_of_collapse(run, model, held.x)
+            draw_figures(model, held.x, held.y, folder)
             draw_curves(folder)
-        if time.monotonic() - saved > 120 or last:
+        if time.monotonic() - saved > SAVE_SECONDS or last:
             save_checkpoint(run, folder, x_train)
             saved = time.monotonic()
         clock = time.monotonic()  # pictures and checkpoints do not count as training time
@@ -545,19 +732,22 @@ def finish(run: Run, data: dict, folder: str, data_dir: str) -> dict:
     train_set, test_set = data["train"], data[split]
     classifier = None
     if test_set.y is not None and len(test_set.x) > 1:
-        classes = int(max(train_set.y.max(), test_set.y.max())) + 1
-        classifier = fixed_classifier(train_set.x, train_set.y, classes, data_dir)
+        classifier = fixed_classifier(train_set.x, train_set.y, data_dir)
     print(f"measuring on the {split} images ...", file=sys.stderr)
     fitted = not run.settings["regularization"] and run.settings["prior"] == "gaussian" and run.settings["global"] > 0
-    with open(os.path.join(folder, "config.json")) as file:
-        host = json.load(file)["host"]  # of the start: the code may have changed since
     numbers = evaluate(run.averaged, train_set, test_set, classifier, fitted=fitted)
     if run.settings["prior"] == "categorical":
         numbers |= evaluate_clusters(run.averaged, train_set, test_set, classifier, bool(run.settings["labels"]))
         if run.settings["noise"]:
             draw_votes(run.averaged, test_set.x, folder)
+    elif run.settings["global"]:
+        draw_codes(run.averaged, test_set.x, folder)
+    if run.settings["local"] and len(run.settings["shape"]) and run.settings["shape"][0] == 3:
+        draw_map(run.averaged, test_set.x, folder)
+    if classifier is not None:
+        draw_neighbours(run.averaged, train_set.x, classifier, folder)
     final = {"settings": run.settings, "evaluated_on": split, "steps": run.step, "seconds": round(run.seconds, 1),
-             "host": host, "metrics": numbers}
+             "host": run.host, "metrics": numbers}
     write_json(os.path.join(folder, "final.json"), final)
     return final
 
@@ -572,16 +762,16 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
         epilog="Section 2's cases: 1 '--local 0 --no-regularization', 2 '--local 0', 3 '--no-regularization', 4 "
                "neither; '--global 0' is a plain GAN, '--local 0 --euclidean' the adversarial autoencoder.")
     add = parser.add_argument_group("the model").add_argument
-    add("--model", default="iae", choices=["iae", "fiae", "infogan"],
+    add("--model", default="iae", choices=CHOICES["model"],
         help="iae: Section 2; fiae: the flipped one of Section 3; infogan: its baseline (%(default)s)")
     add("--global", type=int, default=10, metavar="SIZE", help="of the global code z; 0: a plain GAN (%(default)s)")
     add("--local", type=int, default=100, metavar="SIZE",
         help="of the local code n; 0: a deterministic decoder (%(default)s)")
     add("--noise", type=int, default=0, metavar="SIZE",
         help="of the encoder's (FIAE: recognition network's) noise eps; 0: deterministic (%(default)s)")
-    add("--prior", default="gaussian", choices=["gaussian", "categorical"],
+    add("--prior", default="gaussian", choices=CHOICES["prior"],
         help="p(z); categorical: --global is the number of clusters (%(default)s)")
-    add("--conditioning", choices=["dependent", "invariant"],
+    add("--conditioning", choices=CHOICES["conditioning"],
         help="how D(x, z) sees z, Appendix D.1 (location-dependent for a Gaussian code, -invariant for a categorical)")
     add("--no-regularization", action="store_true",
         help="drop KL(q(z) || p(z)), cases 1 and 3; samples come from a Gaussian fitted to q(z)")
@@ -589,8 +779,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--positive-gradient", action="store_true", help="footnote 1's variant: the positive pair moves the encoder")
 
     add = parser.add_argument_group("the recipe: what the paper leaves open").add_argument
-    add("--recipe", default="stable", choices=list(RECIPES), help="sets all of the following (%(default)s)")
-    add("--objective", choices=["gan", "paired", "kl"], help="gan: Eq. 1; paired: relativistic; kl: the f-GAN's")
+    add("--recipe", default="stable", choices=CHOICES["recipe"], help="sets all of the following (%(default)s)")
+    add("--objective", choices=CHOICES["objective"], help="gan: Eq. 1; paired: relativistic; kl: the f-GAN's")
     add("--penalty", type=float, metavar="GAMMA", help="of R1 + R2 on the reconstruction discriminator")
     add("--regularization-penalty", type=float, metavar="GAMMA", help="of R1 + R2 on the regularization discriminator")
     add("--reconstruction-weight", type=float, metavar="WEIGHT", help="of the reconstruction GAN in what is descended")
@@ -605,7 +795,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
 
     add = parser.add_argument_group("data and training").add_argument
     add("--dataset", default="mnist", metavar="NAME",
-        help="mnist, or the path of an .npz with x (uint8 images) and perhaps y (labels) (%(default)s)")
+        help="mnist, svhn, celeba, or a path of your own: an .npz with x (uint8 images) and perhaps y (labels), or a "
+             "folder of pictures (%(default)s)")
+    add("--extra", action="store_true", help="svhn: train on its 531,131 extra images too")
+    add("--image-size", type=int, metavar="SIZE", help="of a folder's pictures: cut square and scaled to it")
     add("--data-dir", default="data", metavar="FOLDER", help="where the data lies or is downloaded to (%(default)s)")
     add("--epochs", type=float, default=20, help="passes over the training images (%(default)s)")
     add("--steps", type=int, help="training steps, in place of --epochs")
@@ -619,7 +812,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--validation", type=int, default=0, metavar="N",
         help="hold N training images out and measure on them, not on the test set: for choosing settings (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    add("--precision", default="auto", choices=["auto", "float32", "bf16"],
+    add("--precision", default="auto", choices=CHOICES["precision"],
         help="auto: bf16 where the hardware has it (%(default)s)")
     add("--capture", action=argparse.BooleanOptionalAction, default=True,
         help="on CUDA, replay the update as one CUDA graph; --no-capture: step by step (%(default)s)")
@@ -639,53 +832,53 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     unset = object()
     again = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     given = {name for name, value in vars(again).items() if value is not unset}
-    check(parser, args)
+    check(parser.error, args)
     return args, given
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """argparse's usage and one line for every number out of range."""
+def check(error, args: argparse.Namespace) -> None:
+    """Calls `error` (argparse's: usage and one line) with a message where a number is out of range."""
     sizes = vars(args)
     for name in ("global", "local", "noise", "validation", "seed", "labels", "label_seed"):
-        if sizes[name] < 0:
-            parser.error(f"--{name.replace('_', '-')} {sizes[name]}: must be 0 or more")
+        if not 0 <= sizes[name] < 2**31:
+            error(f"--{name.replace('_', '-')} {sizes[name]}: must be from 0 to {2**31 - 1}")
     if args.local == 0 and sizes["global"] == 0:
-        parser.error("--global 0 --local 0: the decoder has no input; give at least one of them a size")
+        error("--global 0 --local 0: the decoder has no input; give at least one of them a size")
     if sizes["global"] == 0 and (args.euclidean or args.positive_gradient or args.noise or args.prior == "categorical"):
-        parser.error("--global 0 has no code: drop --euclidean, --positive-gradient, --noise and --prior categorical")
+        error("--global 0 has no code: drop --euclidean, --positive-gradient, --noise and --prior categorical")
     if args.model != "iae" and (args.euclidean or args.no_regularization or args.labels or sizes["global"] == 0):
-        parser.error(f"--model {args.model}: --global 0, --euclidean, --no-regularization and --labels are the IAE's")
+        error(f"--model {args.model}: --global 0, --euclidean, --no-regularization and --labels are the IAE's")
     if args.model == "infogan" and (args.noise or args.conditioning or args.positive_gradient):
-        parser.error("--model infogan has no D(x, z) and no eps: drop --noise, --conditioning and --positive-gradient")
+        error("--model infogan has no D(x, z) and no eps: drop --noise, --conditioning and --positive-gradient")
     if args.labels and args.prior != "categorical":
-        parser.error("--labels: the clusters are the classes; add --prior categorical")
+        error("--labels: the clusters are the classes; add --prior categorical")
     if args.seeds and (min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds)):
-        parser.error("--seeds: 0 or more, each once")
+        error("--seeds: 0 or more, each once")
     if args.seeds and (args.resume or not args.out):
-        parser.error("--seeds: name the folder of the sweep by --out; to go on, give the same command again")
+        error("--seeds: name the folder of the sweep by --out; to go on, give the same command again")
     for name in ("batch_size", "steps", "epochs", "sample"):
         if sizes[name] is not None and not 0 < sizes[name] < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} {sizes[name]}: must be more than 0")
+            error(f"--{name.replace('_', '-')} {sizes[name]}: must be more than 0")
     if args.regularization_steps is not None and args.regularization_steps < 1:
-        parser.error(f"--regularization-steps {args.regularization_steps}: must be 1 or more")
+        error(f"--regularization-steps {args.regularization_steps}: must be 1 or more")
     for rate in args.rates or ():
         if not 0 < rate < 1:
-            parser.error(f"--rates {rate}: a learning rate must be above 0 and below 1")
+            error(f"--rates {rate}: a learning rate must be above 0 and below 1")
     for name in ("penalty", "regularization_penalty", "reconstruction_weight", "regularization_weight"):
         if sizes[name] is not None and not 0 <= sizes[name] < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} {sizes[name]}: must be 0 or more")
+            error(f"--{name.replace('_', '-')} {sizes[name]}: must be 0 or more")
     if args.beta1 is not None and not 0 <= args.beta1 < 1:
-        parser.error(f"--beta1 {args.beta1}: must be at least 0 and below 1")
+        error(f"--beta1 {args.beta1}: must be at least 0 and below 1")
     if args.averaging is not None and not 0 <= args.averaging < 1:
-        parser.error(f"--averaging {args.averaging}: must be at least 0 and below 1")
+        error(f"--averaging {args.averaging}: must be at least 0 and below 1")
     if args.decay is not None and not 0 <= args.decay <= 1:
-        parser.error(f"--decay {args.decay}: must be from 0 to 1")
+        error(f"--decay {args.decay}: must be from 0 to 1")
     if args.batch_size < 2:
-        parser.error("--batch-size 1: BatchNorm needs at least 2 images")
+        error("--batch-size 1: BatchNorm needs at least 2 images")
     if (args.sample or args.reconstruct) and not sizes["from"]:
-        parser.error("--sample and --reconstruct need a trained model: name it by --from RUN")
+        error("--sample and --reconstruct need a trained model: name it by --from RUN")
     if sizes["from"] and not (args.sample or args.reconstruct):
-        parser.error("--from RUN: say what to make with it, --sample COUNT or --reconstruct PICTURE")
+        error("--from RUN: say what to make with it, --sample COUNT or --reconstruct PICTURE")
 
 
 def pick_device(name: str) -> torch.device:
@@ -732,10 +925,14 @@ def settings_of(args: argparse.Namespace, data: dict) -> dict:
     """A run's settings, as config.json holds them: the recipe's values, or what the command line gave instead."""
     x, y = data["train"].x, data["train"].y
     settings = {**vars(args), "shape": list(x.shape[1:]), "regularization": not args.no_regularization,
+                "data": fingerprints(data),
                 "labelled_rows": labelled_rows(y, args.labels, vars(args)["global"], args.label_seed)}
     for name in ("resume", "from", "sample", "reconstruct", "no_regularization", "seeds", "benchmark"):
         del settings[name]
-    for name, value in RECIPES[args.recipe].items():
+    recipe = dict(RECIPES[args.recipe])
+    if args.local == 0:
+        recipe["regularization_weight"] = 1.0
+    for name, value in recipe.items():
         if settings[name] is None:
             settings[name] = value
     settings["rates"] = list(settings["rates"])
@@ -749,7 +946,8 @@ def settings_of(args: argparse.Namespace, data: dict) -> dict:
 
 def start(args: argparse.Namespace) -> tuple[Run, dict, str]:
     """A new run, its data and its folder."""
-    data = load_dataset(args.dataset, args.data_dir, args.validation, pick_device(args.device))
+    data = load_dataset(args.dataset, args.data_dir, args.validation, pick_device(args.device), args.extra,
+                        args.image_size)
     try:
         settings = settings_of(args, data)
         run = Run(settings)
@@ -770,37 +968,47 @@ def refuse_changes(args: argparse.Namespace, given: set, settings: dict) -> None
 
 def resume(args: argparse.Namespace, given: set) -> tuple[Run, dict, str]:
     """The run of --resume, its data and its folder; the settings that may not change are compared."""
-    state = read_checkpoint(args.resume)
-    folder = args.resume if os.path.isdir(args.resume) else os.path.dirname(os.path.abspath(args.resume))
+    path = checkpoint_file(args.resume)
+    folder = os.path.dirname(path) or os.curdir
+    held = lock(folder)  # before the file is read: who holds it may be writing another
+    state = read_checkpoint(path)
     settings = state["settings"]
-    held = lock(folder)
     refuse_changes(args, given, settings)
     if "data_dir" in given:
         settings["data_dir"] = args.data_dir
     if "device" in given or settings["device"] != "cpu":
         settings["device"] = str(pick_device(args.device))
     settings["capture"] = args.capture and settings["device"].startswith("cuda")
-    data = load_dataset(settings["dataset"], settings["data_dir"], settings["validation"], settings["device"])
+    data = load_dataset(settings["dataset"], settings["data_dir"], settings["validation"], settings["device"],
+                        settings["extra"], settings["image_size"])
+    x, y, rows = data["train"].x, data["train"].y, settings["labelled_rows"]
+    facts = fingerprints(data)["train"]
+    same = list(x.shape[1:]) == settings["shape"] and settings["data"].get("train", facts) == facts
+    if not same or rows and (y is None or min(rows) < 0 or max(rows) >= len(x) or y[rows].max() >= settings["global"]):
+        raise InputError(f"{settings['dataset']}: not the images that the run was started with; bring those back")
     if "steps" in given or "epochs" in given:
         settings["steps"] = args.steps or round(args.epochs * (len(data["train"].x) // settings["batch_size"]))
     run = Run(settings)
     try:
         run.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{args.resume}: the checkpoint's tensors do not fit its settings "
-                         f"({str(error).splitlines()[0]}); use another copy") from None
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: the checkpoint's optimizers or random state cannot be taken up ({brief(error)}); "
+                         "use another copy") from None
     lines = os.path.join(folder, "metrics.jsonl")
     if os.path.exists(lines):  # cut back to the checkpoint's step, so that no step is logged twice
-        with open(lines) as file:
-            kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= run.step]
+        try:
+            with open(lines) as file:
+                kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= run.step]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{lines}: not a log of train.py ({brief(error)}); mend or remove it") from None
 
         def save(part):
             with open(part, "w") as file:
                 file.writelines(kept)
 
         write(lines, save)
-    write_json(os.path.join(folder, "config.json"), {**settings, "host": host_facts(run.device)})
-    run.lock = held
+    run.lock, run.host = held, host_facts(run.device)
+    write_json(os.path.join(folder, "config.json"), {**settings, "host": run.host})
     return run, data, folder
 
 
@@ -871,7 +1079,8 @@ def benchmark(args: argparse.Namespace, rounds: int = 7, seconds: float = 4.0) -
 
     Returns steps a second by row. FLOP are torch's count of the layers' multiplications, forward and backward.
     """
-    data = load_dataset(args.dataset, args.data_dir, args.validation, pick_device(args.device))
+    data = load_dataset(args.dataset, args.data_dir, args.validation, pick_device(args.device), args.extra,
+                        args.image_size)
     settings, x = settings_of(args, data), data["train"].x
     device, batch = torch.device(settings["device"]), settings["batch_size"]
 
@@ -1031,6 +1240,9 @@ def main(argv: list[str] | None = None) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # while nothing is trained, or for the second time
+        print("stopped; what was saved is whole, and a run goes on with --resume", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
