@@ -5,15 +5,18 @@ returns plain Python numbers, so that they can be written to JSON as they are. `
 """
 
 import hashlib
+import io
 import json
 import math
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data import InputError, save
 from iae import to_range
 
 SIMILAR_DIGITS = ((3, 5, 8), (4, 9))  # Section 2.1.1: "visually similar digits such as {3, 5, 8} or {4, 9}"
@@ -59,7 +62,10 @@ def fixed_classifier(x: Tensor, y: Tensor, folder: str, epochs: int | None = Non
         torch.manual_seed(0)
         classifier = Classifier(shape, classes).to(x.device)
         if os.path.exists(path):
-            classifier.load_state_dict(torch.load(path, map_location=x.device, weights_only=True))
+            try:
+                classifier.load_state_dict(torch.load(path, map_location=x.device, weights_only=True))
+            except Exception as error:  # a damaged file can fail in any of torch's, pickle's and zipfile's ways
+                raise InputError(f"{path}: damaged ({type(error).__name__}); delete it, and it is trained anew") from None
             return classifier.eval()
         print(f"training the fixed classifier that judges reconstructions ({epochs} epochs, once) ...", file=sys.stderr)
         batch = max(1, min(128, len(x) // 4))
@@ -82,11 +88,11 @@ def fixed_classifier(x: Tensor, y: Tensor, folder: str, epochs: int | None = Non
                 F.binary_cross_entropy_with_logits(logits, y[rows].float()).backward()
             optimizer.step()
             schedule.step()
+    content = io.BytesIO()
+    torch.save(classifier.state_dict(), content)
     try:
-        os.makedirs(folder, exist_ok=True)
-        torch.save(classifier.state_dict(), path + ".part")
-        os.replace(path + ".part", path)
-    except OSError as error:
+        save(Path(path), content.getbuffer())
+    except InputError as error:
         print(f"the classifier is not cached ({error}): the next run trains it again", file=sys.stderr)
     return classifier.eval()
 

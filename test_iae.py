@@ -737,6 +737,472 @@ def test_sigterm_saves_a_whole_step_and_says_how_to_resume(digits, tmp_path):
     assert step >= 20 and json.loads(open(out / "metrics.jsonl").readlines()[-1])["step"] == step
 
 
+# ------------------------------------------------------------------------------------- kills, disks, strangers, numbers
+
+
+class SmallCodeDiscriminator(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(size, 16), nn.ReLU(), nn.Linear(16, 1))
+
+    def forward(self, z):
+        return self.layers(z).squeeze(1).float()
+
+
+def shrink(setattr):
+    """Networks of some thousand weights in place of millions, for 16x16 images."""
+    setattr(iae, "CodeDiscriminator", SmallCodeDiscriminator)
+    setattr(iae, "LAYOUTS", {**iae.LAYOUTS, "svhn": {**iae.LAYOUTS["svhn"], "channels": (4, 8, 8)}})
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    shrink(monkeypatch.setattr)
+
+
+TINY = ("--global", 3, "--local", 4, "--noise", 2, "--conditioning", "invariant", "--regularization-steps", 2,
+        "--batch-size", 8, "--precision", "float32")
+
+FORKS = """
+import json, os, resource, signal, sys, time, traceback
+import test_iae, train
+test_iae.shrink(setattr)
+train.SAVE_SECONDS = 0  # at every logged step
+train.plt.close(train.plt.figure())
+
+def killed_at(number, share, real=train.write):  # within this write, counted from 0, at this share of the file
+    left = [number]
+    def write(path, save):
+        def partly(part):
+            save(part)
+            if left[0] == 0:
+                os.truncate(part, int(share * os.path.getsize(part)))
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+        real(path, partly)
+    train.write = write
+
+for line in sys.stdin:
+    argv, seconds, write, most = json.loads(line)
+    (reading, writing), began = os.pipe(), time.monotonic()
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(writing, 2)
+        status = 0
+        if write:
+            killed_at(*write)
+        try:
+            if most is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+            train.main(argv)
+        except SystemExit as end:
+            status = end.code
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        os._exit(status)
+    os.close(writing)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with open(reading) as errors:
+        print(json.dumps([status, errors.read(), time.monotonic() - began]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forked():
+    """forked(argv, kill=None, write=None, most=None): (exit status, stderr, seconds) of train.py in its own process,
+    killed after so many seconds, or within a write (number, share of the file), and unable to write more than so many
+    bytes to a file. The processes share one import of torch."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    server = subprocess.Popen([sys.executable, "-W", "ignore", "-c", FORKS], env=environment, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def ask(argv, kill=None, write=None, most=None):
+        server.stdin.write(json.dumps([[str(a) for a in argv], kill, write, most]) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    yield ask
+    server.stdin.close()
+    server.wait()
+
+
+@pytest.fixture(scope="module")
+def pictures(digits, tmp_path_factory):
+    """The images of `digits` without their labels: no judge has to be trained for them."""
+    path = tmp_path_factory.mktemp("pictures") / "pictures.npz"
+    with np.load(digits) as arrays:
+        np.savez(path, x=arrays["x"])
+    return str(path)
+
+
+def same(a, b):
+    """Whether two checkpoints or logs hold the same, bit for bit, apart from seconds, host and folder."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("seconds", "out", "host"))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def records(folder):
+    """(checkpoint, logged lines, final.json, names of what is there) of a finished run."""
+    lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    return (torch.load(folder / "checkpoint.pt", weights_only=True), lines,
+            json.loads((folder / "final.json").read_text()), sorted(os.listdir(folder)))
+
+
+def survive(forked, pictures, folder, kills, steps):
+    """Runs killed at seeded random moments, every other time within a write, and resumed, until there were so many
+    kills; each must end as one that nobody kills. Returns what was counted."""
+    command = ("--dataset", pictures, *TINY, "--steps", steps, "--out")
+    status, errors, usual = forked((*command, folder / "whole"))
+    assert status == 0, errors
+    whole, rng, counts = records(folder / "whole"), np.random.default_rng(0), collections.Counter()
+    while counts["kills"] < kills:
+        counts["runs"] += 1
+        out, done = folder / f"killed-{counts['runs']}", 0
+        while True:
+            begun = (out / "checkpoint.pt").exists()
+            moment = None
+            if counts["kills"] < kills:
+                moment = {"kill": rng.uniform(0, usual / 2)} if rng.integers(2) else {
+                    "write": (int(rng.integers(8)), rng.uniform())}
+            status, errors, _ = forked(("--resume", out) if begun else (*command, out), **moment or {})
+            if status == 0:
+                break
+            assert status == -signal.SIGKILL, errors
+            counts["kills"] += 1
+            counts["within a write"] += "write" in moment
+            if (out / "checkpoint.pt").exists():
+                step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+                assert step >= done  # what was saved stays
+                counts["after a save"] += step > 0
+                done = step
+        found = records(out)
+        assert same(found, whole) and [line["step"] for line in found[1]] == list(range(20, steps + 1, 20))
+    return counts
+
+
+def test_a_run_that_is_killed_thrice_ends_as_if_nobody_had(forked, pictures, tmp_path):
+    assert survive(forked, pictures, tmp_path, kills=3, steps=40)["kills"] == 3
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_fifty_times_ends_as_if_nobody_had(forked, pictures, tmp_path):
+    """`-s` shows the counts (the README's reliability section has them)."""
+    counts = survive(forked, pictures, tmp_path, kills=50, steps=100)
+    print(dict(counts))
+    assert counts["kills"] == 50
+
+
+def test_the_log_is_cut_back_to_the_checkpoint(pictures, tmp_path, tiny, capsys):
+    out = tmp_path / "run"
+    run("--dataset", pictures, *TINY, "--steps", 20, "--out", out)
+    log = out / "metrics.jsonl"
+    good = log.read_text()
+    log.write_text(good + good.replace('"step": 20', '"step": 40') + good.replace('"step": 20', '"step": 60')[:30])
+    run("--resume", out, "--steps", 40)
+    assert [json.loads(line)["step"] for line in open(log)] == [20, 40]
+    log.write_bytes(b"\0\xff\n" + log.read_bytes())
+    capsys.readouterr()
+    run("--resume", out, "--steps", 60, expect=2)
+    assert "metrics.jsonl: not a log" in last_line(capsys)
+
+
+def test_the_same_command_gives_the_same_numbers(digits, tmp_path, tiny):
+    finals = []
+    for name in ("first", "second"):
+        run("--dataset", digits, *TINY, "--steps", 5, "--out", tmp_path / "run", "--data-dir", tmp_path)
+        finals.append(json.loads((tmp_path / "run" / "final.json").read_text()))
+        del finals[-1]["seconds"], finals[-1]["host"]
+        os.rename(tmp_path / "run", tmp_path / name)
+        for path in tmp_path.glob("classifier-*.pt"):  # the judge is trained anew as well
+            path.unlink()
+    assert json.dumps(finals[0]) == json.dumps(finals[1])
+    assert same(records(tmp_path / "first"), records(tmp_path / "second"))
+
+
+def last_line(capsys):
+    """The error line, after which nothing else was said."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error:") and lines[-1].isprintable() and "Traceback" not in "".join(lines), lines
+    return lines[-1]
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_checkpoint(forked, pictures, tmp_path):
+    out = tmp_path / "run"
+    command = ("--dataset", pictures, *TINY, "--steps", 20, "--out", out)
+    status, errors, _ = forked(command, most=50_000)
+    assert status == 2 and errors.count("\n") == 1 and "checkpoint.pt" in errors and os.listdir(out) == ["lock"]
+    assert forked(command)[0] == 0
+    before = (out / "checkpoint.pt").read_bytes()
+    for most in (50_000, 100):  # the checkpoint does not fit; not even config.json does
+        status, errors, _ = forked(("--resume", out, "--steps", 40), most=most)
+        assert status == 2 and errors.splitlines()[-1].startswith("error: cannot write"), errors
+        assert "Traceback" not in errors and (out / "checkpoint.pt").read_bytes() == before
+        assert not list(out.glob("*.part"))
+    assert forked(("--resume", out, "--steps", 40))[0] == 0
+    assert [json.loads(line)["step"] for line in open(out / "metrics.jsonl")] == [20, 40]
+
+
+def test_a_folder_that_is_removed_or_read_only(pictures, tmp_path, tiny, monkeypatch, capsys):
+    out = tmp_path / "run"
+    command = ("--dataset", pictures, *TINY, "--steps", 40, "--out", out)
+
+    def step_and_remove(state, *batch, step=train.train_step):
+        if state.step == 25:
+            shutil.rmtree(out)
+        return step(state, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", step_and_remove)
+        run(*command, expect=2)
+    assert f"cannot write to {out}" in last_line(capsys) and not out.exists()
+    run(*command)
+    before = (out / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+
+    def refuse(path, mode="r", *args, real=open, **kwargs):  # permissions would not stop root
+        if str(path).startswith(str(out)) and mode[0] != "r":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, mode, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", refuse)
+        run("--resume", out, "--steps", 60, expect=2)
+        assert f"cannot write to {out}: Permission denied" in last_line(capsys)
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_second_ctrl_c_ends_at_once_and_without_a_traceback(pictures, tmp_path, tiny, monkeypatch, capsys):
+    def step_and_stop_twice(state, *batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train, "train_step", step_and_stop_twice)
+    run("--dataset", pictures, *TINY, "--steps", 40, "--out", tmp_path / "run", expect=130)
+    assert "--resume" in capsys.readouterr().err.splitlines()[-1]
+    assert train.read_checkpoint(str(tmp_path / "run"))["step"] == 0
+
+
+def changed(*keys, **values):
+    """A change of a checkpoint's state: what lies at `keys` gets these values, a function's of the old one; or, with
+    None, goes."""
+    def change(state):
+        for key in keys:
+            state = state[key]
+        for name, value in values.items():
+            name = name.replace("__", ".")
+            if value is None:
+                del state[name]
+            else:
+                state[name] = value(state[name]) if callable(value) else value
+    return change
+
+
+def renamed(state):
+    state["averaged"]["decoder.fc.0.wait"] = state["averaged"].pop("decoder.fc.0.weight")
+
+
+def absurd(state):
+    """Settings and shapes that fit each other, and would need many GB that the file does not hold."""
+    state["settings"]["global"] = 10**9
+    for part in (state["model"], state["averaged"]):
+        for name, tensor in part.items():
+            shape = [{3: 10**9, 7: 10**9 + 4}.get(size, size) for size in tensor.shape]
+            part[name] = torch.zeros(()).expand(shape)
+    state["recent"] = torch.zeros(()).expand(1, 8, 10**9)
+
+
+def nested(*keys):
+    """A list that would be 2^60 long if anybody walked through it."""
+    value = [1]
+    for _ in range(60):
+        value = [value, value]
+    return changed(*keys[:-1], **{keys[-1]: value})
+
+
+WEIGHT = "decoder__fc__0__weight"
+HOSTILE = {
+    "renamed": renamed, "absurd": absurd, "future": changed(format=99), "nested format": nested("format"),
+    "nested rates": nested("settings", "rates"), "nested data": nested("settings", "data"),
+    "nested size": nested("settings", "local"), "missing": changed("averaged", **{WEIGHT: None}),
+    "more": changed("averaged", extra=torch.zeros(1)), "no model": changed(model=[1, 2]),
+    "shape": changed("model", **{WEIGHT: lambda w: w[1:].clone()}),
+    "type": changed("averaged", **{WEIGHT: lambda w: w.double()}),
+    "expanded": changed("averaged", **{WEIGHT: lambda w: torch.zeros(()).expand(w.shape)}),
+    "sparse": changed("averaged", **{WEIGHT: lambda w: w.to_sparse()}),
+    "meta": changed("averaged", **{WEIGHT: lambda w: w.to("meta")}),
+    "not a tensor": changed("averaged", **{WEIGHT: 3}), "no settings": changed(settings=None),
+    "settings a list": changed(settings=[1]), "size a text": changed("settings", **{"global": "3"}),
+    "size a truth": changed("settings", local=True), "size negative": changed("settings", **{"global": -3}),
+    "size huge": changed("settings", local=10**300), "rates few": changed("settings", rates=[0.1]),
+    "rates texts": changed("settings", rates=["a"] * 4), "rate nan": changed("settings", rates=[float("nan")] * 4),
+    "images huge": changed("settings", shape=[1, 8 * 10**7, 8 * 10**7]), "prior": changed("settings", prior="x" * 9999),
+    "images odd": changed("settings", shape=[1, "16", 16]), "objective": changed("settings", objective="x"),
+    "batch huge": changed("settings", batch_size=10**9), "no recipe": changed("settings", penalty=None),
+    "data": changed("settings", data={"train": [1]}), "step": changed(step="1"), "step negative": changed(step=-1),
+    "steps of D(z)": changed("settings", regularization_steps=10**9), "no step": changed(step=None),
+}
+HOSTILE_RESUMES = {
+    "moments of another shape": changed("autoencoder_optimizer", "state", 0, exp_avg=torch.zeros(1)),
+    "moments missing": changed("autoencoder_optimizer", "state", 0, exp_avg=None),
+    "moments of nothing": lambda state: state["autoencoder_optimizer"]["state"].update({999: {}}),
+    "no moments": changed("discriminator_optimizer", state=None), "random state": changed(random_state=torch.zeros(3)),
+    "random state a text": changed(random_state="1"), "rows": changed("settings", labelled_rows=[-1]),
+    "rows too large": changed("settings", labelled_rows=[10**6]), "no random state": changed(random_state=None),
+    "images of another run": changed("settings", "data", "train", fingerprint="0"),
+}
+
+
+@pytest.fixture
+def a_checkpoint(pictures, tmp_path, tiny, capsys):
+    """The path of a finished tiny run's checkpoint."""
+    run("--dataset", pictures, *TINY, "--steps", 1, "--out", tmp_path / "run")
+    capsys.readouterr()
+    return tmp_path / "run" / "checkpoint.pt"
+
+
+def test_checkpoints_of_strangers_are_refused_with_one_line(a_checkpoint, capsys):
+    before, folder, good = train.peak_memory(), a_checkpoint.parent, a_checkpoint.read_bytes()
+    for name, change in {**HOSTILE, **HOSTILE_RESUMES}.items():
+        state = torch.load(io.BytesIO(good), weights_only=True)
+        change(state)
+        torch.save(state, a_checkpoint)
+        began = time.process_time()
+        if name in HOSTILE:
+            run("--from", folder, "--sample", 2, "--out", folder / "samples.png", expect=2)
+            last_line(capsys)
+        run("--resume", folder, "--steps", 2, expect=2)
+        assert len(last_line(capsys)) < 500 and time.process_time() - began < 5, name
+    assert train.peak_memory() - before < 200_000  # KiB
+    state = torch.load(io.BytesIO(good), weights_only=True)
+    for group in state["autoencoder_optimizer"]["param_groups"]:  # not looked at
+        group.update(lr="1", betas=None, eps=[], rate=float("nan"))
+    torch.save(state, a_checkpoint)
+    run("--resume", folder, "--steps", 2)
+
+
+def test_checkpoints_that_unpack_to_more_than_they_are(a_checkpoint):
+    good = a_checkpoint.read_bytes()
+    state = torch.load(io.BytesIO(good), weights_only=True)
+    torch.save(state, a_checkpoint, _use_new_zipfile_serialization=False)  # a bare pickle declares sizes freely
+    assert "not a readable checkpoint" in one_line(train.load_checkpoint, str(a_checkpoint))
+    with zipfile.ZipFile(io.BytesIO(good)) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    name = next(name for name in members if name.endswith("/data/0"))
+    a_checkpoint.write_bytes(npz_of({name: b""}, (name, 500, 500 * 2**20)))
+    before = train.peak_memory()
+    assert "not a readable checkpoint" in one_line(train.load_checkpoint, str(a_checkpoint))
+    assert train.peak_memory() - before < 100_000
+
+
+def test_a_damaged_judge_is_named_and_left_alone(tmp_path, capsys):
+    x, y = torch.randint(256, (8, *SMALL), dtype=torch.uint8), torch.arange(8) % 2
+    metrics.fixed_classifier(x, y, str(tmp_path), epochs=1)
+    path, = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-100])
+    assert f"{path}: damaged" in one_line(metrics.fixed_classifier, x, y, str(tmp_path), epochs=1)
+    metrics.fixed_classifier(x, y, str(path), epochs=1)  # a file where the folder should be
+    assert "not cached" in capsys.readouterr().err
+
+
+def a_run(digits, *options):
+    """(run, data) of a tiny model that has not been trained."""
+    args, _ = train.parse([str(a) for a in ("--dataset", digits, *TINY, "--steps", 80, *options)])
+    loaded = train.load_dataset(digits, ".", 0, "cpu")
+    return train.Run(train.settings_of(args, loaded)), loaded
+
+
+class Blind(nn.Module):
+    """A discriminator in the literal layer order: BatchNorm right before the last layer pins the mean logit."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(SMALL), 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+
+    def forward(self, x, z=None):
+        return self.layers(x).squeeze(1).float()
+
+
+@pytest.mark.parametrize("objective, model, blind", [("gan", "iae", "1.386"), ("paired", "iae", "0.693"),
+                                                     ("paired", "fiae", "1.386")])
+def test_a_dead_discriminator_is_named_once(objective, model, blind, digits, tmp_path, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(train, "JUDGED_STEPS", 60)
+    name = "reconstruction_discriminator" if model == "iae" else "regularization_discriminator"
+    for dead in (False, True):
+        state, loaded = a_run(digits, "--objective", objective, "--model", model, "--rates", 1e-4, 1e-4, 2e-3, 2e-3)
+        if dead:
+            setattr(state.model, name, Blind())
+            groups = [{"params": list(getattr(state.model, name).parameters()), "rate": 1e-3}]
+            state.discriminator_optimizer = torch.optim.Adam(groups)
+        train.train(state, loaded, str(tmp_path), train.Stop())
+        said = [line for line in capsys.readouterr().err.splitlines() if "learns nothing" in line]
+        assert len(said) == dead, said
+    assert name in said[0] and blind in said[0] and "try" in said[0]
+
+
+@pytest.mark.parametrize("kind, options", [("cluster", ("--prior", "categorical", "--global", 10)), ("code", ()),
+                                           ("code", ("--model", "fiae"))])
+def test_a_collapsed_code_is_named_once(kind, options, digits, tiny, capsys):
+    state, loaded = a_run(digits, *options)
+    state.step, x = train.JUDGED_STEPS, loaded["train"].x
+    model = train.refresh_average(state, x)
+    if kind == "cluster":  # sure of itself, and spread evenly
+        model.encoder.head[-1].weight.data *= 100
+        model.encoder.head[-1].bias.data -= model.logits(iae.to_range(x, SMALL)).mean(0)
+    train.warn_of_collapse(state, model, x)
+    assert capsys.readouterr().err == ""
+    if kind == "cluster":
+        model.encoder.head[-1].bias.data[3] = 1e6
+    else:
+        decoder = model.generator if isinstance(model, FIAE) else model.decoder
+        decoder.fc[0].weight.data[:, : model.global_size] = 0
+    for _ in range(2):
+        train.warn_of_collapse(state, model, x)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and {"cluster": "holds 100%", "code": "ignored"}[kind] in said[0] and "try" in said[0]
+
+
+def test_a_log_of_many_steps_is_plotted_in_seconds(tmp_path):
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        for step in range(20, 2_000_001, 20):  # 100,000 lines, as of 2,000,000 steps
+            file.write(json.dumps({"step": step, "seconds": step, **dict.fromkeys("abcd", step / 7)}) + "\n")
+    began = time.process_time()
+    train.draw_curves(str(tmp_path))
+    assert time.process_time() - began < 10
+
+
+@pytest.mark.slow
+def test_many_steps_take_no_more_memory_or_time_a_step(digits, tmp_path, tiny, monkeypatch):
+    """As many of 100,000 steps as five minutes allow; `-s` shows how many."""
+    state, loaded = a_run(digits, "--recipe", "paper", "--regularization-steps", 1, "--batch-size", 4)
+    state.settings["steps"], stop, samples = 100_000, train.Stop(), []
+    began, step = time.monotonic(), train.train_step
+
+    def watched(state, *batch):
+        if state.step % 100 == 0:
+            with open("/proc/self/statm") as file:
+                samples.append((state.step, time.process_time(), int(file.read().split()[1]) * 4096 / 2**20))
+        stop.asked = time.monotonic() - began > 300
+        return step(state, *batch)
+
+    monkeypatch.setattr(train, "train_step", watched)
+    train.train(state, loaded, str(tmp_path), stop)
+    quarter = len(samples) // 4
+    early, late = ((1000 * (b[1] - a[1]) / (b[0] - a[0])) for a, b in
+                   ((samples[quarter], samples[2 * quarter]), (samples[-quarter], samples[-1])))
+    before, after = samples[quarter][2], samples[-1][2]
+    print(f"{state.step} steps; {early:.2f} ms of processor a step in the second quarter, {late:.2f} in the last; "
+          f"{before:.0f} MB of memory, then {after:.0f}")
+    assert state.step > 1000 and late < 1.3 * early and after < before + 10
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 

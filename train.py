@@ -61,13 +61,13 @@ RECIPES = {
     "stable": dict(
         objective="paired",
         penalty=0.0,
-        regularization_penalty=0.0,
+        regularization_penalty=0.1,
         reconstruction_weight=1.0,
         regularization_weight=10.0,  # 1 where --local is 0: there all of x must pass through z (README, "What failed")
-        regularization_steps=8,
+        regularization_steps=1,
         batch_norm=True,
         beta1=0.0,
-        rates=(1e-4, 1e-3, 2e-4, 2e-4),
+        rates=(1e-4, 1e-3, 2e-4, 5e-4),
         decay=0.5,
         averaging=0.999,
     ),
@@ -283,6 +283,167 @@ def refresh_average(run: Run, x: torch.Tensor) -> IAE | FIAE:
     return run.averaged
 
 
+# ---------------------------------------------------------------------------------------------------------- the loop
+
+
+class Stop:
+    """Within `with Stop() as stop`, Ctrl-C and SIGTERM only set stop.asked, so that what is saved is a whole step."""
+
+    asked = False
+
+    def __enter__(self):
+        self.before = {kind: signal.signal(kind, self._ask) for kind in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, kind, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+
+    def __exit__(self, *error):
+        for kind, handler in self.before.items():
+            signal.signal(kind, handler)
+
+
+def train(run: Run, data: dict, folder: str, stop: Stop) -> bool:
+    """Train up to settings["steps"] and keep the folder current. False where `stop` ended it before."""
+    settings, x_train, held = run.settings, data["train"].x, data["validation" if len(data["validation"].x) else "test"]
+    terminal = sys.stderr.isatty()
+    clock = saved = printed = time.monotonic()
+    chosen, labelled = torch.tensor(settings["labelled_rows"], device=run.device), None
+    while run.step < settings["steps"] and not stop.asked:
+        rows = batch_indices(len(x_train), settings["batch_size"], run.step, settings["seed"]).to(run.device)
+        if len(chosen):  # the only place in training that reads labels
+            few = batch_indices(len(chosen), min(len(chosen), settings["batch_size"]), run.step, settings["seed"])
+            few = chosen[few.to(run.device)]
+            labelled = to_range(x_train[few], run.model.shape), data["train"].y[few].long()
+        losses = train_step(run, to_range(x_train[rows], run.model.shape), labelled)
+
+        last = run.step == settings["steps"] or stop.asked
+        if run.step % 20 and not last:
+            continue
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()
+        run.seconds += time.monotonic() - clock
+        line = log_losses(run, losses, folder)
+        if terminal or last or time.monotonic() - printed > 15 or run.step == 20:
+            print(line, end="\r" if terminal and not last else "\n", file=sys.stderr, flush=True)
+            printed = time.monotonic()
+        if run.step in (100, 200, 400) or run.step % 1000 == 0 or last:
+            model = refresh_average(run, x_train)
+            warn_of_collapse(run, model, held.x)
+            draw_figures(model, held.x, held.y, folder)
+            draw_curves(folder)
+        if time.monotonic() - saved > SAVE_SECONDS or last:
+            save_checkpoint(run, folder, x_train)
+            saved = time.monotonic()
+        clock = time.monotonic()  # pictures and checkpoints do not count as training time
+    return run.step >= settings["steps"]
+
+
+def save_checkpoint(run: Run, folder: str, x: torch.Tensor) -> None:
+    """checkpoint.pt, whole at every moment; never with weights that are not finite (InputError)."""
+    for name, parameter in run.model.named_parameters():
+        if not parameter.isfinite().all():
+            raise InputError(f"step {run.step}: the weights of {name} are not finite; the last checkpoint is "
+                             "untouched; try lower --rates or a --penalty")
+    refresh_average(run, x)
+    write(os.path.join(folder, "checkpoint.pt"), lambda part: torch.save(run.state_dict(), part))
+
+
+def log_losses(run: Run, losses: dict, folder: str) -> str:
+    """Append one line to metrics.jsonl and return the progress text; InputError at a loss that is not finite."""
+    numbers = {name: loss.item() for name, loss in losses.items()}
+    for name, number in numbers.items():
+        if not np.isfinite(number):
+            raise InputError(f"step {run.step}: the loss {name} is {number}; the last checkpoint is untouched; "
+                             "try lower --rates or a --penalty")
+    try:
+        with open(os.path.join(folder, "metrics.jsonl"), "a") as file:
+            file.write(json.dumps({"step": run.step, "seconds": round(run.seconds, 2), **numbers}) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error.strerror}); mend that, then go on with --resume") from None
+    warn_of_dead_discriminator(run, numbers)
+    steps, speed = run.settings["steps"], run.step / max(run.seconds, 1e-9)
+    left = int((steps - run.step) / speed)
+    eta = f"{left // 3600}:{left % 3600 // 60:02}:{left % 60:02}"
+    short = "  ".join(f"{name.replace('_discriminator', ' D')} {number:.3f}" for name, number in numbers.items())
+    return f"step {run.step}/{steps}  {speed:.1f}/s  ETA {eta}  {short}"
+
+
+def warn(run: Run, kind: str, text: str) -> None:
+    """One line in the log, once a run and kind."""
+    if kind not in run.warned:
+        run.warned.add(kind)
+        end_of_progress = "\n" if sys.stderr.isatty() else ""
+        print(f"{end_of_progress}warning: step {run.step}: {text}", file=sys.stderr, flush=True)
+
+
+def warn_of_dead_discriminator(run: Run, numbers: dict) -> None:
+    """Notices a discriminator of images whose loss never fell below what constant logits give.
+
+    The discriminators of codes are not judged: there that value is also what a q(z) equal to p(z) gives.
+    """
+    name = "regularization_discriminator" if isinstance(run.model, FIAE) else "reconstruction_discriminator"
+    if name not in numbers or len(run.judged) == JUDGED_STEPS // 20:
+        return
+    run.judged.append(numbers[name])
+    objective = run.settings["objective"]
+    if objective == "paired" and isinstance(run.model, FIAE):
+        objective = "gan"
+    blind = {"gan": 2 * math.log(2), "paired": math.log(2), "kl": 0.0}[objective]
+    if len(run.judged) == JUDGED_STEPS // 20 and min(run.judged) > blind - 0.005:
+        warn(run, name, f"the {name} learns nothing: its loss has never been below {blind:.3f}, what constant logits "
+                        "give; try another of its --rates, --no-batch-norm, or another --seed")
+
+
+@torch.no_grad()
+def warn_of_collapse(run: Run, model: IAE | FIAE, x: torch.Tensor) -> None:
+    """Notices, on uint8 images x, one cluster that holds nearly all of them, or a code that the images do not follow."""
+    if not model.global_size or run.step < JUDGED_STEPS:
+        return
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed(0)
+        x = to_range(x[:500], model.shape)
+        z, order = model.encode(x), torch.randperm(len(x)).to(x.device)
+        share = torch.bincount(z.argmax(1)).max().item() / len(z)
+        if model.prior == "categorical" and model.global_size > 1 and share > 0.9:
+            warn(run, "cluster", f"one of {model.global_size} clusters holds {share:.0%} of the images; try a higher "
+                                 "--regularization-weight, a lower first of --rates, or another --seed")
+            return
+        n = torch.randn(len(x), model.local_size, device=x.device) if model.local_size else None
+        moved = (model.decode(z, n) - model.decode(z[order], n)).square().mean()
+    # Independent images would differ by twice their variance.
+    if moved < 0.01 * 2 * x.var(0).mean():
+        warn(run, "code", "the code is ignored: with another image's z and the same n nearly the same comes out; try a "
+                          "smaller --local, a lower --regularization-weight, or another --seed")
+
+
+def finish(run: Run, data: dict, folder: str, data_dir: str) -> dict:
+    """final.json: every metric of the averaged model on the test set, or with --validation on the held-out images."""
+    split = "validation" if len(data["validation"].x) else "test"
+    train_set, test_set = data["train"], data[split]
+    classifier = None
+    if test_set.y is not None and len(test_set.x) > 1:
+        classifier = fixed_classifier(train_set.x, train_set.y, data_dir)
+    print(f"measuring on the {split} images ...", file=sys.stderr)
+    fitted = not run.settings["regularization"] and run.settings["prior"] == "gaussian" and run.settings["global"] > 0
+    numbers = evaluate(run.averaged, train_set, test_set, classifier, fitted=fitted)
+    if run.settings["prior"] == "categorical":
+        numbers |= evaluate_clusters(run.averaged, train_set, test_set, classifier, bool(run.settings["labels"]))
+        if run.settings["noise"]:
+            draw_votes(run.averaged, test_set.x, folder)
+    elif run.settings["global"]:
+        draw_codes(run.averaged, test_set.x, folder)
+    if run.settings["local"] and len(run.settings["shape"]) and run.settings["shape"][0] == 3:
+        draw_map(run.averaged, test_set.x, folder)
+    if classifier is not None:
+        draw_neighbours(run.averaged, train_set.x, classifier, folder)
+    final = {"settings": run.settings, "evaluated_on": split, "steps": run.step, "seconds": round(run.seconds, 1),
+             "host": run.host, "metrics": numbers}
+    write_json(os.path.join(folder, "final.json"), final)
+    return final
+
+
 # ---------------------------------------------------------------------------------------------------- a run's folder
 
 
@@ -336,8 +497,7 @@ def read_checkpoint(path: str) -> dict:
     if not isinstance(state, dict) or state.get("project") != PROJECT:
         raise InputError(f"{path}: not a checkpoint of this project; name one that train.py wrote")
     if state.get("format") != FORMAT:
-        raise InputError(f"{path}: checkpoint format {brief(str(state.get('format')))}, this code reads {FORMAT}; "
-                         "use the version of the code that wrote it")
+        raise InputError(f"{path}: not of checkpoint format {FORMAT}; use the version of the code that wrote it")
     try:
         state["settings"] = settings = checked_settings(state["settings"])
         if type(state["step"]) is not int or type(state["seconds"]) is not float or not 0 <= state["step"] < 2**31:
@@ -589,167 +749,6 @@ def draw_curves(folder: str) -> None:
     figure.tight_layout()
     write(os.path.join(folder, "curves.png"), lambda part: figure.savefig(part, format="png", dpi=100))
     plt.close(figure)
-
-
-# ---------------------------------------------------------------------------------------------------------- the loop
-
-
-class Stop:
-    """Within `with Stop() as stop`, Ctrl-C and SIGTERM only set stop.asked, so that what is saved is a whole step."""
-
-    asked = False
-
-    def __enter__(self):
-        self.before = {kind: signal.signal(kind, self._ask) for kind in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, kind, frame):
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
-
-    def __exit__(self, *error):
-        for kind, handler in self.before.items():
-            signal.signal(kind, handler)
-
-
-def save_checkpoint(run: Run, folder: str, x: torch.Tensor) -> None:
-    """checkpoint.pt, whole at every moment; never with weights that are not finite (InputError)."""
-    for name, parameter in run.model.named_parameters():
-        if not parameter.isfinite().all():
-            raise InputError(f"step {run.step}: the weights of {name} are not finite; the last checkpoint is "
-                             "untouched; try lower --rates or a --penalty")
-    refresh_average(run, x)
-    write(os.path.join(folder, "checkpoint.pt"), lambda part: torch.save(run.state_dict(), part))
-
-
-def log_losses(run: Run, losses: dict, folder: str) -> str:
-    """Append one line to metrics.jsonl and return the progress text; InputError at a loss that is not finite."""
-    numbers = {name: loss.item() for name, loss in losses.items()}
-    for name, number in numbers.items():
-        if not np.isfinite(number):
-            raise InputError(f"step {run.step}: the loss {name} is {number}; the last checkpoint is untouched; "
-                             "try lower --rates or a --penalty")
-    try:
-        with open(os.path.join(folder, "metrics.jsonl"), "a") as file:
-            file.write(json.dumps({"step": run.step, "seconds": round(run.seconds, 2), **numbers}) + "\n")
-    except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}); mend that, then go on with --resume") from None
-    warn_of_dead_discriminator(run, numbers)
-    steps, speed = run.settings["steps"], run.step / max(run.seconds, 1e-9)
-    left = int((steps - run.step) / speed)
-    eta = f"{left // 3600}:{left % 3600 // 60:02}:{left % 60:02}"
-    short = "  ".join(f"{name.replace('_discriminator', ' D')} {number:.3f}" for name, number in numbers.items())
-    return f"step {run.step}/{steps}  {speed:.1f}/s  ETA {eta}  {short}"
-
-
-def warn(run: Run, kind: str, text: str) -> None:
-    """One line in the log, once a run and kind."""
-    if kind not in run.warned:
-        run.warned.add(kind)
-        end_of_progress = "\n" if sys.stderr.isatty() else ""
-        print(f"{end_of_progress}warning: step {run.step}: {text}", file=sys.stderr, flush=True)
-
-
-def warn_of_dead_discriminator(run: Run, numbers: dict) -> None:
-    """Notices a discriminator of images whose loss never fell below what constant logits give.
-
-    The discriminators of codes are not judged: there that value is also what a q(z) equal to p(z) gives.
-    """
-    name = "regularization_discriminator" if isinstance(run.model, FIAE) else "reconstruction_discriminator"
-    if name not in numbers or len(run.judged) == JUDGED_STEPS // 20:
-        return
-    run.judged.append(numbers[name])
-    objective = run.settings["objective"]
-    if objective == "paired" and isinstance(run.model, FIAE):
-        objective = "gan"
-    blind = {"gan": 2 * math.log(2), "paired": math.log(2), "kl": 0.0}[objective]
-    if len(run.judged) == JUDGED_STEPS // 20 and min(run.judged) > blind - 0.005:
-        warn(run, name, f"the {name} learns nothing: its loss has never been below {blind:.3f}, what constant logits "
-                        "give; try another of its --rates, --no-batch-norm, or another --seed")
-
-
-@torch.no_grad()
-def warn_of_collapse(run: Run, model: IAE | FIAE, x: torch.Tensor) -> None:
-    """Notices, on uint8 images x, one cluster that holds nearly all of them, or a code that the images do not follow."""
-    if not model.global_size or run.step < JUDGED_STEPS:
-        return
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed(0)
-        x = to_range(x[:500], model.shape)
-        z, order = model.encode(x), torch.randperm(len(x)).to(x.device)
-        share = torch.bincount(z.argmax(1)).max().item() / len(z)
-        if model.prior == "categorical" and model.global_size > 1 and share > 0.9:
-            warn(run, "cluster", f"one of {model.global_size} clusters holds {share:.0%} of the images; try a higher "
-                                 "--regularization-weight, a lower first of --rates, or another --seed")
-            return
-        n = torch.randn(len(x), model.local_size, device=x.device) if model.local_size else None
-        moved = (model.decode(z, n) - model.decode(z[order], n)).square().mean()
-    # Independent images would differ by twice their variance.
-    if moved < 0.01 * 2 * x.var(0).mean():
-        warn(run, "code", "the code is ignored: with another image's z and the same n nearly the same comes out; try a "
-                          "smaller --local, a lower --regularization-weight, or another --seed")
-
-
-def train(run: Run, data: dict, folder: str, stop: Stop) -> bool:
-    """Train up to settings["steps"] and keep the folder current. False where `stop` ended it before."""
-    settings, x_train, held = run.settings, data["train"].x, data["validation" if len(data["validation"].x) else "test"]
-    terminal = sys.stderr.isatty()
-    clock = saved = printed = time.monotonic()
-    chosen, labelled = torch.tensor(settings["labelled_rows"], device=run.device), None
-    while run.step < settings["steps"] and not stop.asked:
-        rows = batch_indices(len(x_train), settings["batch_size"], run.step, settings["seed"]).to(run.device)
-        if len(chosen):  # the only place in training that reads labels
-            few = batch_indices(len(chosen), min(len(chosen), settings["batch_size"]), run.step, settings["seed"])
-            few = chosen[few.to(run.device)]
-            labelled = to_range(x_train[few], run.model.shape), data["train"].y[few].long()
-        losses = train_step(run, to_range(x_train[rows], run.model.shape), labelled)
-
-        last = run.step == settings["steps"] or stop.asked
-        if run.step % 20 and not last:
-            continue
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
-        run.seconds += time.monotonic() - clock
-        line = log_losses(run, losses, folder)
-        if terminal or last or time.monotonic() - printed > 15 or run.step == 20:
-            print(line, end="\r" if terminal and not last else "\n", file=sys.stderr, flush=True)
-            printed = time.monotonic()
-        if run.step in (100, 200, 400) or run.step % 1000 == 0 or last:
-            model = refresh_average(run, x_train)
-            warn_of_collapse(run, model, held.x)
-            draw_figures(model, held.x, held.y, folder)
-            draw_curves(folder)
-        if time.monotonic() - saved > SAVE_SECONDS or last:
-            save_checkpoint(run, folder, x_train)
-            saved = time.monotonic()
-        clock = time.monotonic()  # pictures and checkpoints do not count as training time
-    return run.step >= settings["steps"]
-
-
-def finish(run: Run, data: dict, folder: str, data_dir: str) -> dict:
-    """final.json: every metric of the averaged model on the test set, or with --validation on the held-out images."""
-    split = "validation" if len(data["validation"].x) else "test"
-    train_set, test_set = data["train"], data[split]
-    classifier = None
-    if test_set.y is not None and len(test_set.x) > 1:
-        classifier = fixed_classifier(train_set.x, train_set.y, data_dir)
-    print(f"measuring on the {split} images ...", file=sys.stderr)
-    fitted = not run.settings["regularization"] and run.settings["prior"] == "gaussian" and run.settings["global"] > 0
-    numbers = evaluate(run.averaged, train_set, test_set, classifier, fitted=fitted)
-    if run.settings["prior"] == "categorical":
-        numbers |= evaluate_clusters(run.averaged, train_set, test_set, classifier, bool(run.settings["labels"]))
-        if run.settings["noise"]:
-            draw_votes(run.averaged, test_set.x, folder)
-    elif run.settings["global"]:
-        draw_codes(run.averaged, test_set.x, folder)
-    if run.settings["local"] and len(run.settings["shape"]) and run.settings["shape"][0] == 3:
-        draw_map(run.averaged, test_set.x, folder)
-    if classifier is not None:
-        draw_neighbours(run.averaged, train_set.x, classifier, folder)
-    final = {"settings": run.settings, "evaluated_on": split, "steps": run.step, "seconds": round(run.seconds, 1),
-             "host": run.host, "metrics": numbers}
-    write_json(os.path.join(folder, "final.json"), final)
-    return final
 
 
 # ---------------------------------------------------------------------------------------------------- command line
