@@ -65,7 +65,7 @@ def fixed_classifier(x: Tensor, y: Tensor, folder: str, epochs: int | None = Non
             try:
                 classifier.load_state_dict(torch.load(path, map_location=x.device, weights_only=True))
             except Exception as error:  # a damaged file can fail in any of torch's, pickle's and zipfile's ways
-                raise InputError(f"{path}: damaged ({type(error).__name__}); delete it, and it is trained anew") from None
+                raise InputError(f"{path}: damaged ({type(error).__name__}); delete it to train it anew") from None
             return classifier.eval()
         print(f"training the fixed classifier that judges reconstructions ({epochs} epochs, once) ...", file=sys.stderr)
         batch = max(1, min(128, len(x) // 4))
