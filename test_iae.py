@@ -1180,7 +1180,7 @@ def test_a_log_of_many_steps_is_plotted_in_seconds(tmp_path):
 
 @pytest.mark.slow
 def test_many_steps_take_no_more_memory_or_time_a_step(digits, tmp_path, tiny, monkeypatch):
-    """As many of 100,000 steps as five minutes allow; `-s` shows how many."""
+    """As many of 100,000 steps as twelve minutes allow; `-s` shows how many."""
     state, loaded = a_run(digits, "--recipe", "paper", "--regularization-steps", 1, "--batch-size", 4)
     state.settings["steps"], stop, samples = 100_000, train.Stop(), []
     began, step = time.monotonic(), train.train_step
@@ -1189,7 +1189,7 @@ def test_many_steps_take_no_more_memory_or_time_a_step(digits, tmp_path, tiny, m
         if state.step % 100 == 0:
             with open("/proc/self/statm") as file:
                 samples.append((state.step, time.process_time(), int(file.read().split()[1]) * 4096 / 2**20))
-        stop.asked = time.monotonic() - began > 300
+        stop.asked = time.monotonic() - began > 720
         return step(state, *batch)
 
     monkeypatch.setattr(train, "train_step", watched)
