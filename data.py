@@ -679,6 +679,7 @@ def element(stream: BinaryIO, kind: int, most: int) -> bytes:
 
 
 def exactly(stream: BinaryIO, size: int) -> bytes:
+    """The next `size` bytes of `stream`; ValueError where it ends before."""
     data = stream.read(size)
     if len(data) < size:
         raise ValueError("truncated")

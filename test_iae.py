@@ -643,7 +643,8 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(digits, tmp_path, monk
         else:
             assert a == b, where
 
-    for name in ("step", "model", "averaged", "recent", "autoencoder_optimizer", "discriminator_optimizer", "random_state"):
+    for name in ("step", "model", "averaged", "recent", "autoencoder_optimizer", "discriminator_optimizer",
+                 "random_state"):
         compare(whole[name], cut[name], name)
     finals = [json.loads((tmp_path / name / "final.json").read_text())["metrics"] for name in ("whole", "cut")]
     assert finals[0] == finals[1]
@@ -692,7 +693,8 @@ def test_a_sweep_goes_on_where_it_was_cut_off(digits, tmp_path, monkeypatch, cap
     command = ("--dataset", digits, *COMMON, "--data-dir", pathlib.Path(digits).parent, "--steps", 2, "--out", out)
     run(*command, "--seeds", 0)
     steps = []
-    monkeypatch.setattr(train, "train_step", lambda run, *batch, step=train.train_step: steps.append(1) or step(run, *batch))
+    step = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda run, *batch: steps.append(1) or step(run, *batch))
     run(*command, "--seeds", 0, 1)
     assert len(steps) == 2  # seed 1 alone
     swept = json.loads((out / "sweep.json").read_text())

@@ -124,6 +124,7 @@ class Run:
         groups = [{"params": [] if network is None else list(network.parameters()), "rate": rate}
                   for network, rate in zip(networks, settings["rates"])]
         betas = (settings["beta1"], 0.99)
+
         def adam(groups):
             if not settings["capture"]:
                 return torch.optim.Adam(groups, betas=betas, fused=True)
@@ -434,7 +435,7 @@ def finish(run: Run, data: dict, folder: str, data_dir: str) -> dict:
             draw_votes(run.averaged, test_set.x, folder)
     elif run.settings["global"]:
         draw_codes(run.averaged, test_set.x, folder)
-    if run.settings["local"] and len(run.settings["shape"]) and run.settings["shape"][0] == 3:
+    if run.settings["local"] and run.settings["shape"][0] == 3:
         draw_map(run.averaged, test_set.x, folder)
     if classifier is not None:
         draw_neighbours(run.averaged, train_set.x, classifier, folder)
@@ -673,15 +674,16 @@ def draw_figures(model: IAE, x: torch.Tensor, y: torch.Tensor | None, folder: st
 
 @torch.no_grad()
 def draw_codes(model: IAE | FIAE, x: torch.Tensor, folder: str) -> None:
-    """Of uint8 test images x: interpolation.png, eight pairs, between each pair's originals its codes in even steps with
-    one n; and with local noise swap.png, the global code of the row's image with the local code of the column."""
+    """Of uint8 test images x: interpolation.png, eight pairs, between each pair's originals its codes in even steps
+    with one n; and with local noise swap.png, the global code of the row's image with the local code of the column."""
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.manual_seed(0)
         some = to_range(x[:16], model.shape)
         half = len(some) // 2
         z, n = model.encode(some), torch.randn(11, model.local_size, device=x.device)
         steps = torch.linspace(0, 1, 10, device=x.device)[:, None, None]
-        between = ((1 - steps) * z[:half] + steps * z[half:2 * half]).transpose(0, 1).flatten(0, 1)  # (half * 10, global)
+        between = (1 - steps) * z[:half] + steps * z[half:2 * half]  # (10, half, global)
+        between = between.transpose(0, 1).flatten(0, 1)  # (half * 10, global)
         images = model.decode(between, n[:1].expand(len(between), -1) if model.local_size else None)
         rows = torch.cat([some[:half, None], images.unflatten(0, (half, 10)), some[half:2 * half, None]], 1)
         sheet(rows.flatten(0, 1), 12, os.path.join(folder, "interpolation.png"))
@@ -704,7 +706,8 @@ def draw_map(model: IAE | FIAE, x: torch.Tensor, folder: str) -> None:
 
 @torch.no_grad()
 def draw_neighbours(model: IAE | FIAE, x: torch.Tensor, classifier, folder: str) -> None:
-    """neighbours.png: 20 samples over the three training images (uint8 x) nearest to each in the classifier's features."""
+    """neighbours.png: 20 samples over the three training images (of uint8 x) nearest to each by the classifier's
+    features."""
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.manual_seed(0)
         samples = model.sample(20)
@@ -913,8 +916,8 @@ def labelled_rows(y: torch.Tensor | None, count: int, clusters: int, seed: int) 
         raise InputError(f"--labels {count}: this data set has no class labels; drop --labels")
     classes = int(y.max()) + 1
     if classes > clusters or count % classes or count // classes > int(torch.bincount(y.long()).min()):
-        raise InputError(f"--labels {count}: needs the same number of each of {classes} classes, no more than there are, "
-                         f"and --global {classes} or more")
+        raise InputError(f"--labels {count}: needs the same number of each of {classes} classes, no more than there "
+                         f"are, and --global {classes} or more")
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
     rows = torch.cat([order[y[order] == kind][:count // classes] for kind in range(classes)])
     return sorted(rows.tolist())
@@ -1152,7 +1155,8 @@ def benchmark(args: argparse.Namespace, rounds: int = 7, seconds: float = 4.0) -
     host = host_facts(device)
     print(f"{host['hardware']}, {host['threads']} threads, torch {host['torch']}, batch {batch}, "
           f"recipe {settings['recipe']}, {settings['precision']}; {flop / 1e9:.1f} GFLOP (without "
-          f"penalties) and {traffic / 1e9:.2f} GB of parameter traffic a step;\npeak of a matrix product {peak / 1e12:.2f} TFLOP/s, bandwidth of a copy "
+          f"penalties) and {traffic / 1e9:.2f} GB of parameter traffic a step;\n"
+          f"peak of a matrix product {peak / 1e12:.2f} TFLOP/s, bandwidth of a copy "
           f"{bandwidth / 1e9:.1f} GB/s, most memory in use {memory / 1e9:.2f} GB (all rows together)\n")
     print("| | steps a second | images a second | ours is faster by | share of the peak | share of the bandwidth |")
     print("|---|---|---|---|---|---|")
@@ -1193,7 +1197,7 @@ def run_once(args: argparse.Namespace, given: set) -> dict | None:
 
 
 def sweep(args: argparse.Namespace, given: set) -> bool:
-    """--seeds: one run a seed under --out, each resumed or skipped where it is done; then sweep.json over all of them."""
+    """--seeds: one run a seed under --out, each resumed or skipped where it is done; then sweep.json over all."""
     base, finals = args.out, []
     for seed in args.seeds:
         args.seed, args.out = seed, os.path.join(base, f"seed-{seed}")
