@@ -63,7 +63,7 @@ RECIPES = {
         penalty=0.0,
         regularization_penalty=0.1,
         reconstruction_weight=1.0,
-        regularization_weight=10.0,  # 1 where --local is 0: there all of x must pass through z (README, "What failed")
+        regularization_weight=10.0,
         regularization_steps=1,
         batch_norm=True,
         beta1=0.0,
@@ -72,6 +72,8 @@ RECIPES = {
         averaging=0.999,
     ),
 }
+# What "stable" changes where --local is 0: all of x must pass through z, so z has more to learn and less to be moved.
+DETERMINISTIC = dict(regularization_weight=1.0, rates=(3e-4, 1e-3, 5e-4, 5e-4))
 CHOICES = {
     "model": ("iae", "fiae", "infogan"), "prior": ("gaussian", "categorical"), "objective": ("gan", "paired", "kl"),
     "conditioning": ("dependent", "invariant"), "recipe": tuple(RECIPES), "precision": ("auto", "float32", "bf16"),
@@ -898,11 +900,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """bf16 where it is fast: on CUDA, and on CPUs with matrix tiles (AMX); elsewhere a CPU emulates it slowly."""
+    """bf16 where it is fast: on CUDA, and on CPUs that multiply it (AMX, AVX512-BF16); others emulate it slowly."""
     if name != "auto":
         return name
-    tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return "bf16" if device.type == "cuda" or tiles() else "float32"
+    multiplies = (getattr(torch.cpu, f"_is_{kind}_supported", lambda: False) for kind in ("amx_tile", "avx512_bf16"))
+    return "bf16" if device.type == "cuda" or any(found() for found in multiplies) else "float32"
 
 
 def labelled_rows(y: torch.Tensor | None, count: int, clusters: int, seed: int) -> list[int]:
@@ -932,8 +934,8 @@ def settings_of(args: argparse.Namespace, data: dict) -> dict:
     for name in ("resume", "from", "sample", "reconstruct", "no_regularization", "seeds", "benchmark"):
         del settings[name]
     recipe = dict(RECIPES[args.recipe])
-    if args.local == 0:
-        recipe["regularization_weight"] = 1.0
+    if args.local == 0 and args.recipe == "stable":
+        recipe |= DETERMINISTIC
     for name, value in recipe.items():
         if settings[name] is None:
             settings[name] = value
