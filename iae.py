@@ -79,15 +79,10 @@ class Encoder(nn.Module):
     x (batch, *shape) in the network's range, eps (batch, noise_size) or None where noise_size is 0.
     Returns z_hat (batch, code_size): for a Gaussian prior the output of a BatchNorm without scale, for a
     categorical prior a point of the softmax simplex (Section 2.1.2).
-
-    code_noise s in [0, 1), for a Gaussian prior, is noise at the other end of the network, drawn at each call: z_hat =
-    (1 - s^2)^.5 BN + s eps', eps' ~ N(0, I). Structure of q(z) finer than s, which D(z) cannot see, cannot arise.
     """
 
-    def __init__(self, shape: tuple[int, int, int], code_size: int, noise_size: int = 0, prior: str = "gaussian",
-                 code_noise: float = 0.0):
+    def __init__(self, shape: tuple[int, int, int], code_size: int, noise_size: int = 0, prior: str = "gaussian"):
         super().__init__()
-        self.code_noise = code_noise
         layout, (channels, height, width) = layout_of(shape), shape
         features, size = [], channels * height * width
         if layout is not LAYOUTS["mnist"]:
@@ -112,10 +107,7 @@ class Encoder(nn.Module):
         return self.head(h if eps is None else torch.cat([h, eps], dim=1))  # (batch, code_size)
 
     def forward(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
-        z = self.last(self.logits(x, eps))  # (batch, code_size)
-        if self.code_noise:
-            z = math.sqrt(1 - self.code_noise**2) * z + self.code_noise * torch.randn_like(z)
-        return z
+        return self.last(self.logits(x, eps))  # (batch, code_size)
 
 
 class Decoder(nn.Module):
@@ -312,18 +304,15 @@ class IAE(nn.Module):
     @classmethod
     def for_images(cls, shape: tuple[int, int, int], global_size: int, local_size: int, noise_size: int = 0,
                    prior: str = "gaussian", conditioning: str | None = None, batch_norm: bool = True,
-                   euclidean: bool = False, regularization: bool = True, code_noise: float = 0.0,
-                   **options) -> "IAE":
+                   euclidean: bool = False, regularization: bool = True, **options) -> "IAE":
         """The model with Appendix D.2's networks for images of `shape`; `options` are the constructor's.
 
         conditioning defaults to D.1's choice: location-dependent for a Gaussian code, -invariant for a categorical.
         """
         if min(global_size, local_size, noise_size) < 0 or global_size + local_size == 0:
             raise ValueError("code sizes: none may be negative, and global and local cannot both be 0")
-        if not 0 <= code_noise < 1 or code_noise and prior != "gaussian":
-            raise ValueError(f"code_noise {code_noise}: at least 0 and below 1, and 0 for a categorical code")
         conditioning = conditioning or ("dependent" if prior == "gaussian" else "invariant")
-        encoder = Encoder(shape, global_size, noise_size, prior, code_noise) if global_size else None
+        encoder = Encoder(shape, global_size, noise_size, prior) if global_size else None
         joint = None if euclidean else JointDiscriminator(shape, global_size, conditioning, batch_norm)
         code = CodeDiscriminator(global_size) if regularization and global_size else None
         return cls(encoder, Decoder(shape, global_size, local_size), joint, code, shape=shape, global_size=global_size,
@@ -355,7 +344,7 @@ class IAE(nn.Module):
         return self.decoder(z, n).float()
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """x_hat ~ r(x) by way of q(z|x) and p(x|z): deterministic where no noise is asked for, else one draw.
+        """x_hat ~ r(x) by way of q(z|x) and p(x|z): deterministic where both noise sizes are 0, else one draw.
 
         With x from the data it is also how to sample in cases 1 and 3, where q(z) is the learned prior.
         """

@@ -52,7 +52,6 @@ RECIPES = {
         reconstruction_weight=1.0,  # of the reconstruction GAN's loss in what encoder and decoder descend
         regularization_weight=1.0,  # of the regularization GAN's
         regularization_steps=1,  # of the IAE's D(z), for each step of the others
-        code_noise=0.0,  # deviation of Gaussian noise in the z_hat of the IAE, whose variance stays 1
         batch_norm=True,  # in the reconstruction discriminator
         beta1=0.5,  # of Adam
         rates=(1e-3, 1e-3, 2e-4, 2e-4),  # Adam's, of encoder, decoder, reconstruction and regularization discriminator
@@ -64,18 +63,17 @@ RECIPES = {
         penalty=0.0,
         regularization_penalty=0.1,
         reconstruction_weight=1.0,
-        regularization_weight=3.0,
-        regularization_steps=2,
-        code_noise=0.3,
+        regularization_weight=10.0,
+        regularization_steps=1,
         batch_norm=True,
         beta1=0.0,
-        rates=(2e-4, 1e-3, 3e-4, 1e-3),
+        rates=(1e-4, 1e-3, 2e-4, 5e-4),
         decay=0.5,
         averaging=0.999,
     ),
 }
 # What "stable" changes where --local is 0: all of x must pass through z, so z has more to learn and less to be moved.
-DETERMINISTIC = dict(regularization_weight=1.0, regularization_steps=1, code_noise=0.0, rates=(3e-4, 1e-3, 5e-4, 5e-4))
+DETERMINISTIC = dict(regularization_weight=1.0, rates=(3e-4, 1e-3, 5e-4, 5e-4))
 CHOICES = {
     "model": ("iae", "fiae", "infogan"), "prior": ("gaussian", "categorical"), "objective": ("gan", "paired", "kl"),
     "conditioning": ("dependent", "invariant"), "recipe": tuple(RECIPES), "precision": ("auto", "float32", "bf16"),
@@ -96,8 +94,7 @@ def build_model(settings: dict) -> IAE | FIAE:
     options.update(noise_size=settings["noise"], conditioning=settings["conditioning"])
     if settings["model"] == "fiae":
         return FIAE.for_images(*sizes, **options)
-    return IAE.for_images(*sizes, **options, euclidean=settings["euclidean"], regularization=settings["regularization"],
-                          code_noise=settings["code_noise"])
+    return IAE.for_images(*sizes, **options, euclidean=settings["euclidean"], regularization=settings["regularization"])
 
 
 def recent_size(settings: dict, model: IAE | FIAE) -> tuple[int, int] | None:
@@ -534,7 +531,7 @@ def checked_settings(settings: dict) -> dict:
         del kinds[name]
     found = {}
     for name, kind in kinds.items():
-        value = found[name] = settings.get(name, {"data": {}, **defaults, "code_noise": 0.0}.get(name))
+        value = found[name] = settings.get(name, {"data": {}, **defaults}.get(name))
         if value is None and name in ("out", "image_size"):
             continue
         if type(value) is not type(kind) and not (type(value) is int and type(kind) is float):
@@ -793,8 +790,6 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--reconstruction-weight", type=float, metavar="WEIGHT", help="of the reconstruction GAN in what is descended")
     add("--regularization-weight", type=float, metavar="WEIGHT", help="of the regularization GAN in what is descended")
     add("--regularization-steps", type=int, metavar="K", help="of the IAE's D(z) for each step of the others")
-    add("--code-noise", type=float, metavar="S",
-        help="of a Gaussian z: z_hat = (1 - S^2)^.5 f(x) + S eps, so that q(z) has no structure finer than S")
     add("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help="in the reconstruction discriminator")
     add("--rates", type=float, nargs=4, metavar=("F", "G", "DX", "DZ"),
         help="learning rates of encoder, decoder, reconstruction and regularization discriminator")
@@ -876,8 +871,6 @@ def check(error, args: argparse.Namespace) -> None:
     for name in ("penalty", "regularization_penalty", "reconstruction_weight", "regularization_weight"):
         if sizes[name] is not None and not 0 <= sizes[name] < float("inf"):
             error(f"--{name.replace('_', '-')} {sizes[name]}: must be 0 or more")
-    if args.code_noise and not (0 < args.code_noise < 1 and args.model == "iae" and args.prior == "gaussian"):
-        error(f"--code-noise {args.code_noise}: at least 0 and below 1, and for an IAE with a Gaussian code")
     if args.beta1 is not None and not 0 <= args.beta1 < 1:
         error(f"--beta1 {args.beta1}: must be at least 0 and below 1")
     if args.averaging is not None and not 0 <= args.averaging < 1:
@@ -943,8 +936,6 @@ def settings_of(args: argparse.Namespace, data: dict) -> dict:
     recipe = dict(RECIPES[args.recipe])
     if args.local == 0 and args.recipe == "stable":
         recipe |= DETERMINISTIC
-    if args.model != "iae" or args.prior == "categorical":
-        recipe["code_noise"] = 0.0
     for name, value in recipe.items():
         if settings[name] is None:
             settings[name] = value
