@@ -178,8 +178,10 @@ def mmd_test(a: Tensor, b: Tensor, permutations: int = 100, bandwidths: tuple = 
 
     Returns mmd, its floor (the mean absolute value over random relabellings of the pooled sample, which is what two
     equal distributions give) and the permutation p-value. The bandwidths are for two dimensions; they are scaled by
-    sqrt(size / 2) for others.
+    sqrt(size / 2) for others. Raises ValueError unless the counts agree and are at least 2.
     """
+    if len(a) != len(b) or len(a) < 2:
+        raise ValueError(f"two samples of {len(a)} and {len(b)} rows: the counts must agree and be at least 2")
     count, pooled = len(a), torch.cat([a, b]).float()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
