@@ -52,7 +52,7 @@ DATA = {
 
 # What the paper leaves open. Each of the first six rows adds one piece to the one before.
 #   penalty  gamma of gamma / 2 (R1 + R2) on the discriminators of x, at first and at last; None: see SCHEDULES
-#   decay    the rates fall linearly to 0 at the end, and Adam has no momentum
+#   decay    the rates fall to 0 at the end, and Adam has no momentum
 #   speeds   every network learns at its own rate, SPEEDS: a discriminator that is faster than its generator gives the
 #            modes their width
 #   settle   the IAE's codes settle first: its regularization cost weighs 1000, D(z) sees codes in noise that vanishes,
@@ -68,9 +68,13 @@ RECIPES = {
     "kl":       dict(objective="kl", penalty=None, decay=True, speeds=True, settle=True),  # Nowozin et al. 2016
 }
 # Gamma at first, and at last in units of deviation^2 (it has the unit of x^2); the shares of training between which it
-# falls geometrically; the share at the end over which the rates fall.
-SCHEDULES = {data: (0.1, 0.2, 0.25, 0.6, 0.4) for data in ("mixture", "ring", "grid")}
-SCHEDULES["four-points"] = (1.0, 0.5, 0.0, 1.0, 1.0)
+# falls geometrically; the share at the end over which the rates fall to 0, and the power of that fall.
+SCHEDULES = {
+    "mixture": (0.1, 0.2, 0.25, 0.6, 0.4, 1),
+    "ring": (0.1, 0.2, 0.25, 0.85, 0.4, 1),  # the finest modes: gamma has further to fall
+    "grid": (0.1, 0.2, 0.25, 0.6, 0.4, 1),
+    "four-points": (1.0, 0.5, 0.0, 1.0, 1.0, 2),
+}
 SPEEDS = {  # rates in units of `--rate`
     "IAE": dict(encoder=4, decoder=1, reconstruction_discriminator=10, regularization_discriminator=4),
     "GAN": dict(generator=1, regularization_discriminator=10),
@@ -80,7 +84,7 @@ SPEEDS = {  # rates in units of `--rate`
 CODE_PENALTY = (1.0, 0.1)  # gamma at the first step and the last of the IAE's D(z), where that of D(x, z) is not 0
 
 #                  for             mixture        ring        grid        four-points
-STEPS = dict(zip(DATA, (2500, 10000, 12000, 3000)))
+STEPS = dict(zip(DATA, (2500, 12000, 12000, 3000)))
 WIDTHS = dict(zip(DATA, (64, 96, 128, 64)))
 RATES = dict(zip(DATA, (1e-3, 1e-3, 1e-3, 2e-3)))
 INFO_WEIGHT = 0.01
@@ -93,7 +97,7 @@ class MLP(nn.Module):
     He's initialization, drawn from one torch.Generator a seed, but for the first layer: its weights and biases are
     N(0, 1), so that its kinks lie all over the data and do not all meet at the origin. A softmax comes after a
     BatchNorm of fixed scale, "FC Linear. BN" of Appendix D.2: it keeps every code in use and none out of reach of
-    gradients. slope is that of the ReLUs below 0: .2 in D(x, z) and D(x), so that their units survive large rates.
+    gradients. slope is that of the ReLUs below 0: not 0 where a discriminator's units must survive a large rate.
     """
 
     def __init__(self, generators: list[torch.Generator], inputs: int, outputs: int, width: int, depth: int = 2,
@@ -160,12 +164,12 @@ def four_points_model(kind: str, seeds: list[int], deviation: float, width: int,
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     sizes = dict(shape=(2,), global_size=2, local_size=2)
     generator = AdditiveNoise(MLP(generators, 2, 2, width, depth=3), deviation)
-    critic = MLP(generators, 2, 1, width, slope=0.2)
+    critic = MLP(generators, 2, 1, width)
     if kind == "InfoGAN":
         recognition = MLP(generators, 2, 4, width, depth=3)  # mean and log deviation
         return InfoGAN(generator, recognition, None, critic, reconstruction_weight=info_weight, **sizes, **options)
     recognition = MLP(generators, 2 + 4, 2, width, depth=3)
-    joint = MLP(generators, 2 + 2, 1, width, depth=3, slope=0.2)
+    joint = MLP(generators, 2 + 2, 1, width, depth=3)
     return FIAE(generator, recognition, joint, critic, noise_size=4, **sizes, **options)
 
 
@@ -175,7 +179,7 @@ def train(kind: str, model: IAE | FIAE, data: str, recipe: dict, options: argpar
     Every loss is a mean over seeds and batch; times the seeds it is each seed's own mean, as if it trained alone.
     """
     deviation, seeds = DATA[data][1], len(options.seeds)
-    first, last, held, fallen, decay = SCHEDULES[data]
+    first, last, held, fallen, decay, power = SCHEDULES[data]
     start, end = options.penalty or recipe["penalty"] or (first, last * deviation**2)
     groups = {name: {"params": list(network.parameters()), "name": name} for name, network in model.named_children()}
     critics, players = ([group for name, group in groups.items() if ("discriminator" in name) == which]
@@ -205,7 +209,7 @@ def train(kind: str, model: IAE | FIAE, data: str, recipe: dict, options: argpar
             if settle and group["name"] == "encoder":
                 group["lr"] *= min(1.0, max(0.0, (0.4 - progress) / 0.3))
             elif recipe["decay"]:
-                group["lr"] *= min(1.0, (1 - progress) / decay)
+                group["lr"] *= min(1.0, (1 - progress) / decay) ** power
         x = draw(data, seeds, options.batch)
         outputs = model(x)
         told_critics = model.discriminator_losses(x, *outputs)
