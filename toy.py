@@ -95,9 +95,9 @@ class MLP(nn.Module):
 
     Takes its input in parts, any of them None, as iae.py's networks are called: f(x, eps), g(z, n), D(x, z), D(z).
     He's initialization, drawn from one torch.Generator a seed; the first layer's biases are N(0, 1), so that its kinks
-    lie all over the data and do not all meet at the origin, and its weights N(0, first^2). A softmax comes after a
-    BatchNorm of fixed scale, "FC Linear. BN" of Appendix D.2: it keeps every code in use and none out of reach of
-    gradients. slope is that of the ReLUs below 0: not 0 where a discriminator's units must survive a large rate.
+    lie all over the data and do not all meet at the origin, and its weights N(0, first^2), if given. A softmax comes
+    after a BatchNorm of fixed scale, "FC Linear. BN" of Appendix D.2: it keeps every code in use and none out of reach
+    of gradients. slope is that of the ReLUs below 0: not 0 where a discriminator's units must survive a large rate.
     """
 
     def __init__(self, generators: list[torch.Generator], inputs: int, outputs: int, width: int, depth: int = 2,
