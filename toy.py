@@ -94,23 +94,22 @@ class MLP(nn.Module):
     """A ReLU network for each seed, batched: (seeds, batch, inputs) to (seeds, batch, outputs), or (seeds, batch) of 1.
 
     Takes its input in parts, any of them None, as iae.py's networks are called: f(x, eps), g(z, n), D(x, z), D(z).
-    He's initialization, drawn from one torch.Generator a seed; the first layer's biases are N(0, 1), so that its kinks
-    lie all over the data and do not all meet at the origin, and its weights N(0, first^2), if given. A softmax comes
-    after a BatchNorm of fixed scale, "FC Linear. BN" of Appendix D.2: it keeps every code in use and none out of reach
-    of gradients. slope is that of the ReLUs below 0: not 0 where a discriminator's units must survive a large rate.
+    He's initialization, drawn from one torch.Generator a seed, but for the first layer: its weights and biases are
+    N(0, 1), so that its kinks lie all over the data and do not all meet at the origin. A softmax comes after a
+    BatchNorm of fixed scale, "FC Linear. BN" of Appendix D.2: it keeps every code in use and none out of reach of
+    gradients. slope is that of the ReLUs below 0: not 0 where a discriminator's units must survive a large rate.
     """
 
     def __init__(self, generators: list[torch.Generator], inputs: int, outputs: int, width: int, depth: int = 2,
-                 softmax: bool = False, slope: float = 0.0, first: float | None = None):
+                 softmax: bool = False, slope: float = 0.0):
         super().__init__()
         sizes = [inputs] + [width] * depth + [outputs]
-        gains = [math.sqrt(2 / size) for size in sizes[:-2]] + [math.sqrt(1 / sizes[-2])]
-        gains[0] = first or gains[0]
+        gains = [1.0] + [math.sqrt(2 / size) for size in sizes[1:-2]] + [math.sqrt(1 / sizes[-2])]
         self.weights = nn.ParameterList(
             torch.stack([gain * torch.randn(rows, columns, generator=g) for g in generators])  # (seeds, rows, columns)
             for gain, rows, columns in zip(gains, sizes, sizes[1:]))
-        kinks = torch.stack([torch.randn(1, width, generator=g) for g in generators])
-        self.biases = nn.ParameterList([kinks] + [torch.zeros(len(generators), 1, columns) for columns in sizes[2:]])
+        first = torch.stack([torch.randn(1, width, generator=g) for g in generators])
+        self.biases = nn.ParameterList([first] + [torch.zeros(len(generators), 1, columns) for columns in sizes[2:]])
         self.norm = nn.BatchNorm1d(len(generators) * outputs, affine=False) if softmax else None
         self.slope, self.scale = slope, 3.0
 
@@ -151,7 +150,7 @@ class AdditiveNoise(nn.Module):
 def mixture_model(kind: str, seeds: list[int], codes: int, local: int, width: int, **options) -> IAE | FIAE:
     """"IAE" or "GAN" of Figure 5 with the same decoder: a categorical code of `codes`, a Gaussian one of `local`."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    network = partial(MLP, generators, width=width, first=1.0)
+    network = partial(MLP, generators, width=width)
     sizes = dict(shape=(2,), global_size=codes, local_size=local, prior="categorical")
     decoder = network(codes + local, 2)
     if kind == "GAN":
