@@ -646,9 +646,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive(int), default=256, help="rows a step and seed (default 256)")
     parser.add_argument("--width", type=positive(int), help=f"hidden units of every layer, default {WIDTHS}")
     parser.add_argument("--rate", type=positive(float),
-                        help=f"Adam's learning rate, default {RATES}; in stable and kl of the decoder or generator")
+                        help=f"Adam's learning rate, default {RATES}; in speeds, stable and kl of the decoder or the "
+                        "generator, the others in proportion")
     parser.add_argument("--penalty", type=positive(float), nargs=2, metavar=("START", "END"),
-                        help="gamma of the penalty at the first and last step, in place of the recipe's")
+                        help="gamma of the penalty at first and at last, in place of the recipe's")
     parser.add_argument("--info-weight", type=positive(float), default=INFO_WEIGHT,
                         help="weight of InfoGAN's reconstruction cost beside its GAN "
                         f"(default {INFO_WEIGHT}; with 1 it smuggles the code through x)")

@@ -1140,19 +1140,7 @@ def benchmark(args: argparse.Namespace, rounds: int = 7, seconds: float = 4.0) -
     averaged = sum(p.numel() for p in run.averaged.parameters())
     traffic = 36 * parameters + 12 * averaged  # bytes: read, gradient written, Adam 7 x 4; average read twice, written
 
-    kind = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
-    a, b = torch.randn(2048, 2048, device=device).to(kind), torch.randn(2**26, device=device)
-
-    def fastest(work):
-        found = []
-        for _ in range(8):
-            began = time.monotonic()
-            work()
-            wait()
-            found.append(time.monotonic() - began)
-        return min(found)
-
-    peak, bandwidth = 2 * 2048**3 / fastest(lambda: a @ a), 2 * 4 * 2**26 / fastest(b.clone)
+    peak, bandwidth = machine_limits(device, torch.bfloat16 if settings["precision"] == "bf16" else torch.float32)
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * peak_memory()
     host = host_facts(device)
     print(f"{host['hardware']}, {host['threads']} threads, torch {host['torch']}, batch {batch}, "
@@ -1167,6 +1155,23 @@ def benchmark(args: argparse.Namespace, rounds: int = 7, seconds: float = 4.0) -
         print(f"| {name} | {1 / second:.2f} | {batch / second:.0f} | {second / median['this project']:.2f} | "
               f"{100 * flop / second / peak:.0f} % | {100 * traffic / second / bandwidth:.0f} % |")
     return {name: 1 / second for name, second in median.items()}
+
+
+def machine_limits(device: torch.device, kind: torch.dtype) -> tuple[float, float]:
+    """(FLOP a second of a matrix product of type `kind`, bytes a second of a copy), the fastest of eight each."""
+    a, b = torch.randn(2048, 2048, device=device).to(kind), torch.randn(2**26, device=device)
+
+    def fastest(work):
+        found = []
+        for _ in range(8):
+            began = time.monotonic()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            found.append(time.monotonic() - began)
+        return min(found)
+
+    return 2 * 2048**3 / fastest(lambda: a @ a), 2 * 4 * 2**26 / fastest(b.clone)
 
 
 def peak_memory() -> int:
