@@ -165,7 +165,7 @@ class InfoGAN(FIAE):
         if local_size < 0 or global_size < 1:
             raise ValueError("code sizes: the latent code needs at least 1, the local size at least 0")
         recognition = Encoder(shape, 2 * global_size if prior == "gaussian" else global_size, prior=prior)
-        recognition.last = nn.Identity()  # in place of the BatchNorm or softmax
+        recognition.norm, recognition.scale, recognition.last = nn.Identity(), 1.0, nn.Identity()
         return cls(Decoder(shape, global_size, local_size), recognition, None,
                    JointDiscriminator(shape, 0, batch_norm=batch_norm), shape=shape, global_size=global_size,
                    local_size=local_size, prior=prior, **options)

@@ -63,6 +63,19 @@ def to_uint8(x: Tensor) -> Tensor:
     return (x * 255).round().clamp(0, 255).to(torch.uint8)
 
 
+def deform(x: Tensor) -> Tensor:
+    """Each of the images x (batch, channels, height, width) turned, sheared, scaled and moved a little, at random.
+
+    By up to 15 degrees, .3, a factor e^.15 and a tenth of the side; pixels of the border fill what opens beyond it.
+    """
+    turn, shear, *scale = (2 * torch.rand(4, len(x), device=x.device) - 1) * x.new_tensor([0.26, 0.3, 0.15, 0.15])[:, None]
+    cos, sin, wide, high = turn.cos(), turn.sin(), scale[0].exp(), scale[1].exp()  # (batch,) each
+    move = 0.4 * torch.rand(len(x), 2, device=x.device) - 0.2  # in half sides
+    maps = torch.stack([cos * wide, (shear - sin) * wide, move[:, 0], sin * high, cos * high, move[:, 1]], 1)
+    grid = F.affine_grid(maps.view(-1, 2, 3), list(x.shape), align_corners=False)  # (batch, height, width, 2)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
 def conv(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
     """Halves the sides exactly: stride 2 with SAME padding (Appendix D.2)."""
     return nn.Conv2d(inputs, outputs, kernel, stride=2, padding=(kernel - 2) // 2)
@@ -97,17 +110,19 @@ class Encoder(nn.Module):
             head = [nn.Linear(size, 2000), nn.ReLU(), nn.Linear(2000, 2000), nn.ReLU()]
             size = 2000
         self.head = nn.Sequential(*head, nn.Linear(size, code_size))
-        # "FC Linear. BN": without scale it pins each code's mean and variance to the prior's. Not before a softmax,
-        # where it would cap the confidence (.76 for 10 codes).
-        self.last = nn.BatchNorm1d(code_size, affine=False) if prior == "gaussian" else nn.Softmax(dim=1)
+        # "FC Linear. BN": without scale it pins each code's mean and variance to the prior's. Before a softmax it keeps
+        # every cluster in use, but would cap the confidence (.76 for 10 codes) without a factor of 2.
+        self.norm, self.scale = nn.BatchNorm1d(code_size, affine=False), 1.0 if prior == "gaussian" else 2.0
+        self.last = nn.Identity() if prior == "gaussian" else nn.Softmax(dim=1)
 
     def logits(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
-        """The last linear layer's output (batch, code_size): under a categorical prior the clusters' logits."""
+        """The last BatchNorm's output (batch, code_size): under a categorical prior the clusters' logits."""
         h = self.features(x)  # (batch, size)
-        return self.head(h if eps is None else torch.cat([h, eps], dim=1))  # (batch, code_size)
+        h = self.head(h if eps is None else torch.cat([h, eps], dim=1))  # (batch, code_size)
+        return self.scale * self.norm(h.float())
 
     def forward(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
-        return self.last(self.logits(x, eps))  # (batch, code_size)
+        return self.last(self.logits(x, eps))
 
 
 class Decoder(nn.Module):
@@ -288,7 +303,8 @@ class IAE(nn.Module):
                  regularization_discriminator: nn.Module | None, *, shape: tuple[int, ...], global_size: int,
                  local_size: int, noise_size: int = 0, prior: str = "gaussian", objective: str = "gan",
                  penalty: float = 0.0, regularization_penalty: float | None = None, positive_gradient: bool = False,
-                 reconstruction_weight: float = 1.0, regularization_weight: float = 1.0):
+                 reconstruction_weight: float = 1.0, regularization_weight: float = 1.0,
+                 agreement_weight: float = 0.0, code_noise: float = 0.0):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.reconstruction_discriminator = reconstruction_discriminator
@@ -298,6 +314,7 @@ class IAE(nn.Module):
         self.objective, self.penalty, self.positive_gradient = objective, penalty, positive_gradient
         self.reconstruction_weight, self.regularization_weight = reconstruction_weight, regularization_weight
         self.regularization_penalty = penalty if regularization_penalty is None else regularization_penalty
+        self.agreement_weight, self.code_noise = agreement_weight, code_noise
         self.register_buffer("fitted_mean", torch.zeros(global_size))  # of `fit_gaussian`
         self.register_buffer("fitted_factor", torch.eye(global_size))
 
@@ -388,11 +405,17 @@ class IAE(nn.Module):
             losses["regularization_discriminator"] = self.regularization_discriminator_loss(z_hat)
         return losses
 
+    def blurred(self, z: Tensor) -> Tensor:
+        """z as D(z) sees it: with code_noise, real and fake codes in the same Gaussian noise, so that a one-hot prior
+        and the softmax, which never is one-hot, overlap."""
+        return z + self.code_noise * torch.randn_like(z) if self.code_noise else z
+
     def regularization_discriminator_loss(self, z_hat: Tensor) -> Tensor:
         """What D(z) descends: fresh z ~ p(z) are real, z_hat (..., batch, global_size) fake, a constant."""
+        real = self.blurred(self.sample_codes(*z_hat.shape[:-1]))
         # z and z_hat share nothing row by row, so "paired" has no meaning here: Eq. 1 takes its place.
         return discriminate(
-            self.regularization_discriminator, real=(self.sample_codes(*z_hat.shape[:-1]),), fake=(z_hat,),
+            self.regularization_discriminator, real=(real,), fake=(self.blurred(z_hat),),
             objective="gan" if self.objective == "paired" else self.objective, penalty=self.regularization_penalty)
 
     def autoencoder_losses(self, x: Tensor, z_hat: Tensor | None, x_hat: Tensor) -> dict[str, Tensor]:
@@ -415,11 +438,20 @@ class IAE(nn.Module):
         losses["reconstruction"] = self.reconstruction_weight * loss
         if self.regularization_discriminator is not None:
             objective = "gan" if self.objective == "paired" else self.objective
-            fake = self.regularization_discriminator(z_hat)
+            fake = self.regularization_discriminator(self.blurred(z_hat))
             losses["regularization"] = self.regularization_weight * generator_loss(None, fake, objective)
+        if self.agreement_weight:
+            losses["agreement"] = self.agreement_weight * self.agreement_loss(x, z_hat)
         return losses
+
+    def agreement_loss(self, x: Tensor, z_hat: Tensor) -> Tensor:
+        """-log of the probability that x and a deformed copy of it get the same code, for a categorical z: the sum over k
+        of q(k|x) q(k|deform(x)), where z_hat (batch, global_size) is q(.|x). Moves the encoder. Not in the paper."""
+        same = (z_hat * self.encode(deform(x))).sum(1)  # (batch,)
+        return -same.clamp(min=1e-6).log().mean()
 
     def classification_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of q(z|x) at labels y (batch,) in [0, global_size), for a categorical z (Section 2.1.2,
-        "Semi-Supervised Learning"): what the encoder descends on labelled images x besides the adversarial costs."""
-        return F.cross_entropy(self.logits(x), y)
+        "Semi-Supervised Learning"): what the encoder descends on labelled images x besides the adversarial costs.
+        With an agreement_weight the images are deformed, as they are there."""
+        return F.cross_entropy(self.logits(deform(x) if self.agreement_weight else x), y)

@@ -133,14 +133,42 @@ def test_gaussian_codes_are_normalized_and_categorical_ones_lie_on_the_simplex()
     assert (z >= 0).all() and torch.allclose(z.sum(1), torch.ones(500))
 
 
-def test_batch_norm_before_a_softmax_would_cap_the_confidence():
+def test_batch_norm_before_a_softmax_caps_the_confidence_and_a_factor_lifts_the_cap():
     # Ten codes used evenly and as confidently as can be: logits one-hot times a large number, then standardized.
     logits = F.one_hot(torch.arange(10).repeat(50), 10) * 1e3
     capped = torch.nn.BatchNorm1d(10, affine=False)(logits.float()).softmax(1).max().item()
     assert capped == pytest.approx(math.exp(3) / (math.exp(3) + 9 * math.exp(-1 / 3)), abs=1e-3)  # .757
     encoder = Encoder(MNIST, 10, prior="categorical")
-    torch.nn.init.normal_(encoder.head[-1].weight, std=100)
-    assert encoder(torch.rand(100, *MNIST)).max() > 0.999
+    encoder.features, encoder.head = nn.Identity(), nn.Identity()
+    lifted = encoder(logits.float()).max().item()
+    factor = encoder.scale
+    assert lifted == pytest.approx(1 / (1 + 9 * math.exp(-factor * 10 / 3)), abs=1e-3) and lifted > 0.98
+
+
+def test_deformed_images_are_moved_by_no_more_than_stated_and_keep_their_range():
+    torch.manual_seed(0)
+    x = torch.zeros(200, 1, 28, 28)
+    x[:, :, 13:15, 13:15] = 1
+    y = iae.deform(x)
+    assert y.shape == x.shape and y.min() >= 0 and y.max() <= 1
+    axis = torch.arange(28.0)
+    place = torch.stack([(y.sum((1, 2)) * axis).sum(1), (y.sum((1, 3)) * axis).sum(1)]) / y.sum((1, 2, 3))
+    moved = (place - 13.5).abs()  # the centre of turning is the image's: only the shift moves a central spot
+    assert 2 < moved.max() < 2.8 * 1.6 and (moved.mean(1) > 0.8).all()
+    assert torch.allclose(iae.deform(torch.full((3, 3, 16, 16), -1.0)), -torch.ones(1), atol=1e-5)
+
+
+def test_agreement_is_the_probability_of_the_same_code():
+    torch.manual_seed(0)
+    model = IAE.for_images(MNIST, 4, 3, prior="categorical", agreement_weight=2.0).eval()
+    x, codes = torch.rand(6, *MNIST), torch.rand(6, 4, requires_grad=True)
+    model.encode = lambda x: codes.softmax(1)  # whatever the deformed image is
+    z_hat = torch.rand(6, 4).softmax(1)
+    one, other = z_hat.numpy(), codes.detach().softmax(1).numpy()
+    by_hand = -np.mean([math.log(sum(one[i, k] * other[i, k] for k in range(4))) for i in range(6)])
+    assert model.agreement_loss(x, z_hat).item() == pytest.approx(by_hand, rel=1e-5)
+    told = model.autoencoder_losses(x, z_hat, torch.rand(6, *MNIST))
+    assert told["agreement"].item() == pytest.approx(2 * by_hand, rel=1e-5)
 
 
 def test_the_literal_layer_order_cannot_train_and_ours_can():

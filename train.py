@@ -52,6 +52,8 @@ RECIPES = {
         reconstruction_weight=1.0,  # of the reconstruction GAN's loss in what encoder and decoder descend
         regularization_weight=1.0,  # of the regularization GAN's
         regularization_steps=1,  # of the IAE's D(z), for each step of the others
+        code_noise=0.0,  # deviation of the noise in which the IAE's D(z) sees codes
+        agreement_weight=0.0,  # of the probability that a deformed image gets the same code
         batch_norm=True,  # in the reconstruction discriminator
         beta1=0.5,  # of Adam
         rates=(1e-3, 1e-3, 2e-4, 2e-4),  # Adam's, of encoder, decoder, reconstruction and regularization discriminator
@@ -65,6 +67,8 @@ RECIPES = {
         reconstruction_weight=1.0,
         regularization_weight=10.0,
         regularization_steps=1,
+        code_noise=0.0,
+        agreement_weight=0.0,
         batch_norm=True,
         beta1=0.0,
         rates=(1e-4, 1e-3, 2e-4, 5e-4),
@@ -74,11 +78,13 @@ RECIPES = {
 }
 # What "stable" changes where --local is 0: all of x must pass through z, so z has more to learn and less to be moved.
 DETERMINISTIC = dict(regularization_weight=1.0, rates=(3e-4, 1e-3, 5e-4, 5e-4))
+# And under a categorical prior: what a cluster is must be said, and D(z) must not win by the corners of the simplex.
+CATEGORICAL = dict(regularization_penalty=1.0, code_noise=0.3, agreement_weight=1.0, rates=(1e-3, 1e-3, 2e-4, 2e-3))
 CHOICES = {
     "model": ("iae", "fiae", "infogan"), "prior": ("gaussian", "categorical"), "objective": ("gan", "paired", "kl"),
     "conditioning": ("dependent", "invariant"), "recipe": tuple(RECIPES), "precision": ("auto", "float32", "bf16"),
 }
-PROJECT, FORMAT = "implicit-autoencoders", 2  # what a checkpoint says it is
+PROJECT, FORMAT = "implicit-autoencoders", 3  # what a checkpoint says it is
 SAVE_SECONDS = 120  # between checkpoints
 JUDGED_STEPS = 400  # a discriminator or code that shows nothing by then is named in the log
 
@@ -94,7 +100,8 @@ def build_model(settings: dict) -> IAE | FIAE:
     options.update(noise_size=settings["noise"], conditioning=settings["conditioning"])
     if settings["model"] == "fiae":
         return FIAE.for_images(*sizes, **options)
-    return IAE.for_images(*sizes, **options, euclidean=settings["euclidean"], regularization=settings["regularization"])
+    options.update({name: settings[name] for name in ("euclidean", "regularization", "agreement_weight", "code_noise")})
+    return IAE.for_images(*sizes, **options)
 
 
 def recent_size(settings: dict, model: IAE | FIAE) -> tuple[int, int] | None:
@@ -790,6 +797,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--reconstruction-weight", type=float, metavar="WEIGHT", help="of the reconstruction GAN in what is descended")
     add("--regularization-weight", type=float, metavar="WEIGHT", help="of the regularization GAN in what is descended")
     add("--regularization-steps", type=int, metavar="K", help="of the IAE's D(z) for each step of the others")
+    add("--code-noise", type=float, metavar="DEVIATION", help="of the noise in which the IAE's D(z) sees codes")
+    add("--agreement-weight", type=float, metavar="WEIGHT",
+        help="of the probability that a deformed image gets the same code, in what the encoder descends (categorical)")
     add("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help="in the reconstruction discriminator")
     add("--rates", type=float, nargs=4, metavar=("F", "G", "DX", "DZ"),
         help="learning rates of encoder, decoder, reconstruction and regularization discriminator")
@@ -868,9 +878,12 @@ def check(error, args: argparse.Namespace) -> None:
     for rate in args.rates or ():
         if not 0 < rate < 1:
             error(f"--rates {rate}: a learning rate must be above 0 and below 1")
-    for name in ("penalty", "regularization_penalty", "reconstruction_weight", "regularization_weight"):
+    for name in ("penalty", "regularization_penalty", "reconstruction_weight", "regularization_weight", "code_noise",
+                 "agreement_weight"):
         if sizes[name] is not None and not 0 <= sizes[name] < float("inf"):
             error(f"--{name.replace('_', '-')} {sizes[name]}: must be 0 or more")
+    if args.agreement_weight and (args.prior != "categorical" or args.model != "iae"):
+        error("--agreement-weight: of an IAE's clusters; add --prior categorical")
     if args.beta1 is not None and not 0 <= args.beta1 < 1:
         error(f"--beta1 {args.beta1}: must be at least 0 and below 1")
     if args.averaging is not None and not 0 <= args.averaging < 1:
@@ -936,6 +949,8 @@ def settings_of(args: argparse.Namespace, data: dict) -> dict:
     recipe = dict(RECIPES[args.recipe])
     if args.local == 0 and args.recipe == "stable":
         recipe |= DETERMINISTIC
+    if args.prior == "categorical" and args.model == "iae" and args.recipe == "stable":
+        recipe |= CATEGORICAL
     for name, value in recipe.items():
         if settings[name] is None:
             settings[name] = value
