@@ -68,10 +68,10 @@ def deform(x: Tensor) -> Tensor:
 
     By up to 15 degrees, .3, a factor e^.15 and a tenth of the side; pixels of the border fill what opens beyond it.
     """
-    turn, shear, *scale = (2 * torch.rand(4, len(x), device=x.device) - 1) * x.new_tensor([0.26, 0.3, 0.15, 0.15])[:, None]
-    cos, sin, wide, high = turn.cos(), turn.sin(), scale[0].exp(), scale[1].exp()  # (batch,) each
-    move = 0.4 * torch.rand(len(x), 2, device=x.device) - 0.2  # in half sides
-    maps = torch.stack([cos * wide, (shear - sin) * wide, move[:, 0], sin * high, cos * high, move[:, 1]], 1)
+    most = torch.tensor([0.26, 0.3, 0.15, 0.15, 0.2, 0.2], device=x.device)  # radians, shear, logs, half sides
+    turn, shear, wide, high, right, down = most[:, None] * (2 * torch.rand(6, len(x), device=x.device) - 1)  # (batch,)
+    cos, sin, wide, high = turn.cos(), turn.sin(), wide.exp(), high.exp()
+    maps = torch.stack([cos * wide, (shear - sin) * wide, right, sin * high, cos * high, down], 1)
     grid = F.affine_grid(maps.view(-1, 2, 3), list(x.shape), align_corners=False)  # (batch, height, width, 2)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
@@ -445,8 +445,8 @@ class IAE(nn.Module):
         return losses
 
     def agreement_loss(self, x: Tensor, z_hat: Tensor) -> Tensor:
-        """-log of the probability that x and a deformed copy of it get the same code, for a categorical z: the sum over k
-        of q(k|x) q(k|deform(x)), where z_hat (batch, global_size) is q(.|x). Moves the encoder. Not in the paper."""
+        """-log of the probability that x and a deformed copy of it get the same code, for a categorical z: the sum over
+        k of q(k|x) q(k|deform(x)), where z_hat (batch, global_size) is q(.|x). Moves the encoder. Not in the paper."""
         same = (z_hat * self.encode(deform(x))).sum(1)  # (batch,)
         return -same.clamp(min=1e-6).log().mean()
 

@@ -692,6 +692,16 @@ def relabelled(digits, labels, tmp_path, *options):
     return train.settings_of(args, loaded), loaded
 
 
+def test_labels_are_drawn_by_their_own_seed_or_that_of_the_run(digits, tmp_path):
+    with np.load(digits) as arrays:
+        y = arrays["y"]
+
+    def rows(*options):
+        return relabelled(digits, y, tmp_path, "--labels", "20", *options)[0]["labelled_rows"]
+
+    assert rows("--seed", "1") == rows("--label-seed", "1") == rows("--seed", "2", "--label-seed", "1") != rows()
+
+
 def test_no_label_leaks(digits, tmp_path):
     with np.load(digits) as arrays:
         y = arrays["y"]

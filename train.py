@@ -533,7 +533,8 @@ def checked_settings(settings: dict) -> dict:
     """
     defaults = vars(parse([])[0])
     kinds = {**defaults, **RECIPES["stable"], "epochs": 1.0, "steps": 1, "conditioning": "", "rates": [1.0],
-             "shape": [1], "regularization": True, "labelled_rows": [1], "data": {}, "out": "", "image_size": 1}
+             "shape": [1], "regularization": True, "labelled_rows": [1], "label_seed": 1, "data": {}, "out": "",
+             "image_size": 1}
     for name in ("resume", "from", "sample", "reconstruct", "no_regularization", "seeds", "benchmark"):
         del kinds[name]
     found = {}
@@ -822,7 +823,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
         help="a run for each under --out, then their mean and deviation; the same command goes on where it was cut off")
     add("--labels", type=int, default=0, metavar="N",
         help="semi-supervised: N class-balanced training labels (categorical prior) (%(default)s)")
-    add("--label-seed", type=int, default=0, metavar="SEED", help="of the draw of these labels (%(default)s)")
+    add("--label-seed", type=int, metavar="SEED", help="of the draw of these labels (that of the run)")
     add("--validation", type=int, default=0, metavar="N",
         help="hold N training images out and measure on them, not on the test set: for choosing settings (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
@@ -854,7 +855,7 @@ def check(error, args: argparse.Namespace) -> None:
     """Calls `error` (argparse's: usage and one line) with a message where a number is out of range."""
     sizes = vars(args)
     for name in ("global", "local", "noise", "validation", "seed", "labels", "label_seed"):
-        if not 0 <= sizes[name] < 2**31:
+        if sizes[name] is not None and not 0 <= sizes[name] < 2**31:
             error(f"--{name.replace('_', '-')} {sizes[name]}: must be from 0 to {2**31 - 1}")
     if args.local == 0 and sizes["global"] == 0:
         error("--global 0 --local 0: the decoder has no input; give at least one of them a size")
@@ -943,7 +944,8 @@ def settings_of(args: argparse.Namespace, data: dict) -> dict:
     x, y = data["train"].x, data["train"].y
     settings = {**vars(args), "shape": list(x.shape[1:]), "regularization": not args.no_regularization,
                 "data": fingerprints(data),
-                "labelled_rows": labelled_rows(y, args.labels, vars(args)["global"], args.label_seed)}
+                "label_seed": args.seed if args.label_seed is None else args.label_seed}
+    settings["labelled_rows"] = labelled_rows(y, args.labels, vars(args)["global"], settings["label_seed"])
     for name in ("resume", "from", "sample", "reconstruct", "no_regularization", "seeds", "benchmark"):
         del settings[name]
     recipe = dict(RECIPES[args.recipe])
