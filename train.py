@@ -79,7 +79,8 @@ RECIPES = {
 # What "stable" changes where --local is 0: all of x must pass through z, so z has more to learn and less to be moved.
 DETERMINISTIC = dict(regularization_weight=1.0, rates=(3e-4, 1e-3, 5e-4, 5e-4))
 # And under a categorical prior: what a cluster is must be said, and D(z) must not win by the corners of the simplex.
-CATEGORICAL = dict(regularization_penalty=1.0, code_noise=0.3, agreement_weight=1.0, rates=(1e-3, 1e-3, 2e-4, 2e-3))
+CATEGORICAL = dict(regularization_penalty=0.3, regularization_weight=100.0, code_noise=0.3, agreement_weight=1.0,
+                   rates=(1e-3, 1e-3, 2e-4, 2e-3))
 CHOICES = {
     "model": ("iae", "fiae", "infogan"), "prior": ("gaussian", "categorical"), "objective": ("gan", "paired", "kl"),
     "conditioning": ("dependent", "invariant"), "recipe": tuple(RECIPES), "precision": ("auto", "float32", "bf16"),
