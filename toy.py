@@ -52,13 +52,12 @@ DATA = {
 
 # What the paper leaves open. Each of the first six rows adds one piece to the one before.
 #   penalty  gamma of gamma / 2 (R1 + R2) on the discriminators of x, at first and at last; None: see SCHEDULES
-#   decay    the rates fall, with gamma (a step must not be wider than what D(x, z) can tell apart) and to 0 at the end,
-#            and Adam has no momentum
+#   decay    the rates fall to 0 at the end, and Adam has no momentum
 #   speeds   every network learns at its own rate, SPEEDS: a discriminator that is faster than its generator gives the
 #            modes their width
-#   settle   the IAE's codes settle first, before gamma falls: its regularization cost weighs 1000, D(z) sees codes in
-#            noise that vanishes, the softmax sharpens from 1 to 6 times its logits, and then the encoder stops. Codes
-#            must not move when gamma is small, as D(x, z) then no longer draws a decoder from afar
+#   settle   the IAE's codes settle first: its regularization cost weighs 1000, D(z) sees codes in noise that vanishes,
+#            the softmax is soft at first, and then the encoder stops. Codes must not move when gamma is small, as
+#            D(x, z) then no longer draws a decoder from afar
 RECIPES = {
     "paper":    dict(objective="gan", penalty=(0.0, 0.0), decay=False, speeds=False, settle=False),  # Eq. 1 and 9
     "penalty":  dict(objective="gan", penalty=(0.1, 0.1), decay=False, speeds=False, settle=False),
@@ -68,26 +67,34 @@ RECIPES = {
     "stable":   dict(objective="gan", penalty=None, decay=True, speeds=True, settle=True),
     "kl":       dict(objective="kl", penalty=None, decay=True, speeds=True, settle=True),  # Nowozin et al. 2016
 }
-# Gamma falls geometrically from `first` to `last` deviation^2 (it has the unit of x^2), between the shares `held` and
-# `fallen` of training. The rates fall with gamma^follow, and over the last share `decay` to 0 with the power `power`.
-SCHEDULES = {
-    **dict.fromkeys(("mixture", "ring", "grid"),
-                    dict(first=0.1, last=0.2, held=0.35, fallen=0.6, follow=0.25, decay=0.4, power=1)),
-    "four-points": dict(first=1.0, last=0.5, held=0.0, fallen=1.0, follow=0.0, decay=1.0, power=2),
-}
+# What differs between the toys. The ring's and the grid's modes are fine: a fortieth or less of what lies between them.
+#   first, last     gamma falls geometrically from `first` to `last` deviation^2 (it has the unit of x^2)
+#   held, fallen    the shares of training between which it falls
+#   follow          the rates fall with gamma^follow, as a step must not be wider than what D(x, z) can tell apart,
+#   decay, power    and over the last share `decay` of training to 0, with the power `power`
+#   speeds          what replaces SPEEDS
+#   settle, sharp   recipe "settle": the share of training at which the encoder stops; and (most, at) of its softmax's
+#                   scale, which rises from 1 to `most`. Samples have one-hot codes: fine modes need z_hat close to one
+#   code            the share of training at which gamma of D(z) has fallen from 1 to .1
+#   narrow          factor of the decoder's first weights of n: fine modes that start wide take long to narrow
+COARSE = dict(first=0.1, last=0.2, held=0.25, fallen=0.6, follow=0, decay=0.4, power=1, speeds={}, settle=0.4,
+              sharp=(3, 0.27), code=1, narrow=1)
+FINE = dict(first=0.1, last=0.2, held=0.35, fallen=0.6, follow=0.25, decay=0.2, power=1,
+            speeds=dict(decoder=0.5, reconstruction_discriminator=5), settle=0.35, sharp=(6, 0.35), code=0.35,
+            narrow=0.3)
+SCHEDULES = {"mixture": COARSE, "ring": FINE, "grid": FINE,
+             "four-points": dict(first=1.0, last=0.5, held=0.0, fallen=1.0, follow=0, decay=1.0, power=2, speeds={})}
 SPEEDS = {  # rates in units of `--rate`
-    "IAE": dict(encoder=4, decoder=0.5, reconstruction_discriminator=5, regularization_discriminator=4),
-    "GAN": dict(generator=0.5, regularization_discriminator=5),
+    "IAE": dict(encoder=4, decoder=1, reconstruction_discriminator=10, regularization_discriminator=4),
+    "GAN": dict(generator=1, regularization_discriminator=10),
     "FIAE": dict(generator=1, recognition=1, reconstruction_discriminator=1, regularization_discriminator=1),
     "InfoGAN": dict(generator=1, recognition=1, regularization_discriminator=1),
 }
-CODE_PENALTY = (1.0, 0.1)  # gamma of the IAE's D(z), at first and from `held` on, where that of D(x, z) is not 0
 
 #                  for             mixture        ring        grid        four-points
-STEPS = dict(zip(DATA, (4000, 9000, 7000, 3000)))
+STEPS = dict(zip(DATA, (2500, 9000, 7000, 3000)))
 WIDTHS = dict(zip(DATA, (64, 96, 128, 64)))
-NARROW = dict(zip(DATA, (1.0, 0.1, 0.1)))  # `narrow` of mixture_model: fine modes that start wide take long to narrow
-RATES = dict(zip(DATA, (2e-3, 1e-3, 1e-3, 2e-3)))
+RATES = dict(zip(DATA, (1e-3, 1e-3, 1e-3, 2e-3)))
 INFO_WEIGHT = 0.01
 
 
@@ -201,23 +208,23 @@ def train(kind: str, model: IAE | FIAE, data: str, recipe: dict, options: argpar
     began = told = time.time()
     for step in range(1, steps + 1):
         progress = step / steps
-        settled = min(1.0, progress / plan["held"]) if plan["held"] else 1.0
         fall = 1.0  # gamma over what it starts from
         if start:
             share = (progress - plan["held"]) / (plan["fallen"] - plan["held"])
             fall = (end / start) ** min(1.0, max(0.0, share))
             model.penalty = model.regularization_penalty = start * fall
             if isinstance(model, IAE):
-                model.regularization_penalty = CODE_PENALTY[0] * (CODE_PENALTY[1] / CODE_PENALTY[0]) ** settled
+                model.regularization_penalty = 0.1 ** min(1.0, progress / plan["code"])
         if settle:
-            model.regularization_discriminator.deviation = 0.3 * (1 - settled)
-            model.encoder.scale = 6**settled
+            model.regularization_discriminator.deviation = 0.3 * max(0.0, 1 - progress / plan["settle"])
+            most, at = plan["sharp"]
+            model.encoder.scale = most ** min(1.0, progress / at)
         for group in (*optimizers[0].param_groups, *optimizers[1].param_groups):
             group["lr"] = options.rate or RATES[data]
             if recipe["speeds"]:
-                group["lr"] *= SPEEDS[kind][group["name"]]
+                group["lr"] *= {**SPEEDS[kind], **plan["speeds"]}[group["name"]]
             if settle and group["name"] == "encoder":
-                group["lr"] *= min(1.0, (1 - settled) / 0.75)
+                group["lr"] *= min(1.0, max(0.0, 1 - progress / plan["settle"]) / 0.75)
             elif recipe["decay"]:
                 group["lr"] *= fall ** plan["follow"] * min(1.0, (1 - progress) / plan["decay"]) ** plan["power"]
         x = draw(data, seeds, options.batch)
@@ -313,7 +320,8 @@ def run_mixture(data: str, kinds: tuple[str, ...], recipe: dict, options: argpar
     for kind in kinds:
         torch.manual_seed(seeds[0])
         width = options.width or WIDTHS[data]
-        model = mixture_model(kind, seeds, len(modes), local, width, NARROW[data], objective=recipe["objective"])
+        model = mixture_model(kind, seeds, len(modes), local, width, narrow=SCHEDULES[data]["narrow"],
+                              objective=recipe["objective"])
         with torch.enable_grad():
             frames = train(kind, model, data, recipe, options,
                            lambda model: [part[0, :1500] for part in sample(model)])
@@ -648,7 +656,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0],
                         help="all train in one pass, the figures show the first (default: 0)")
     parser.add_argument("--recipe", choices=RECIPES, default="stable",
-                        help="stable (default): penalties R1 and R2, annealed, rates that fall, no momentum, each "
+                        help="stable (default): penalties R1 and R2, annealed, falling rates, no momentum, each "
                         "network at its own rate, codes that settle first; paper: Eq. 1 and 9 and Adam, nothing "
                         "else; kl: stable with the KL f-GAN in place of Eq. 1; penalty, annealed, decayed, speeds: "
                         "the steps from paper to stable")
@@ -656,8 +664,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive(int), default=256, help="rows a step and seed (default 256)")
     parser.add_argument("--width", type=positive(int), help=f"hidden units of every layer, default {WIDTHS}")
     parser.add_argument("--rate", type=positive(float),
-                        help=f"Adam's learning rate, default {RATES}; in speeds, stable and kl each network has its own "
-                        f"multiple of it: {SPEEDS}")
+                        help=f"Adam's learning rate, default {RATES}; in speeds, stable and kl the rate of networks of "
+                        "speed 1, the others in proportion")
     parser.add_argument("--penalty", type=positive(float), nargs=2, metavar=("START", "END"),
                         help="gamma of the penalty at first and at last, in place of the recipe's")
     parser.add_argument("--info-weight", type=positive(float), default=INFO_WEIGHT,
