@@ -95,6 +95,7 @@ SPEEDS = {  # rates in units of `--rate`
 STEPS = dict(zip(DATA, (2500, 9000, 7000, 3000)))
 WIDTHS = dict(zip(DATA, (64, 96, 128, 64)))
 RATES = dict(zip(DATA, (1e-3, 1e-3, 1e-3, 2e-3)))
+BATCHES = dict(zip(DATA, (256, 256, 512, 256)))  # the grid: 20 rows a mode
 INFO_WEIGHT = 0.01
 
 
@@ -192,7 +193,7 @@ def train(kind: str, model: IAE | FIAE, data: str, recipe: dict, options: argpar
 
     Every loss is a mean over seeds and batch; times the seeds it is each seed's own mean, as if it trained alone.
     """
-    deviation, seeds = DATA[data][1], len(options.seeds)
+    deviation, seeds, batch = DATA[data][1], len(options.seeds), options.batch or BATCHES[data]
     plan = SCHEDULES[data]
     start, end = options.penalty or recipe["penalty"] or (plan["first"], plan["last"] * deviation**2)
     groups = {name: {"params": list(network.parameters()), "name": name} for name, network in model.named_children()}
@@ -227,7 +228,7 @@ def train(kind: str, model: IAE | FIAE, data: str, recipe: dict, options: argpar
                 group["lr"] *= min(1.0, max(0.0, 1 - progress / plan["settle"]) / 0.75)
             elif recipe["decay"]:
                 group["lr"] *= fall ** plan["follow"] * min(1.0, (1 - progress) / plan["decay"]) ** plan["power"]
-        x = draw(data, seeds, options.batch)
+        x = draw(data, seeds, batch)
         outputs = model(x)
         told_critics = model.discriminator_losses(x, *outputs)
         optimizers[0].zero_grad()
@@ -661,7 +662,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         "else; kl: stable with the KL f-GAN in place of Eq. 1; penalty, annealed, decayed, speeds: "
                         "the steps from paper to stable")
     parser.add_argument("--steps", type=positive(int), help=f"default {STEPS}")
-    parser.add_argument("--batch", type=positive(int), default=256, help="rows a step and seed (default 256)")
+    parser.add_argument("--batch", type=positive(int), help=f"rows a step and seed, default {BATCHES}")
     parser.add_argument("--width", type=positive(int), help=f"hidden units of every layer, default {WIDTHS}")
     parser.add_argument("--rate", type=positive(float),
                         help=f"Adam's learning rate, default {RATES}; in speeds, stable and kl the rate of networks of "
