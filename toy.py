@@ -310,6 +310,7 @@ def clustering_accuracy(code: Tensor, mode: Tensor) -> float:
 def run_mixture(data: str, kinds: tuple[str, ...], recipe: dict, options: argparse.Namespace, count: int, local: int):
     """Train and measure `kinds` on a mixture: numbers {model: {metric: [one a seed]}} and pictures {name: tensors}."""
     (modes, deviation), seeds = DATA[data], options.seeds
+    torch.manual_seed(seeds[0])
     x, numbers, pictures = draw(data, len(seeds), count), {}, {}
     nearest = torch.cdist(x, modes).argmin(-1)  # (seeds, count)
     numbers["data"] = each_seed(lambda s: mixture_numbers(x[s], nearest[s], modes, deviation), seeds)
