@@ -56,8 +56,8 @@ DATA = {
 #   speeds   every network learns at its own rate, SPEEDS: a discriminator that is faster than its generator gives the
 #            modes their width
 #   settle   the IAE's codes settle first: its regularization cost weighs 1000, D(z) sees codes in noise that vanishes,
-#            the softmax is soft at first, and after 40 % of training the encoder stops. Codes must not move when gamma
-#            is small, as D(x, z) then no longer draws a decoder from afar
+#            the softmax is soft at first, and then the encoder stops. Codes must not move when gamma is small, as
+#            D(x, z) then no longer draws a decoder from afar
 RECIPES = {
     "paper":    dict(objective="gan", penalty=(0.0, 0.0), decay=False, speeds=False, settle=False),  # Eq. 1 and 9
     "penalty":  dict(objective="gan", penalty=(0.1, 0.1), decay=False, speeds=False, settle=False),
@@ -67,26 +67,35 @@ RECIPES = {
     "stable":   dict(objective="gan", penalty=None, decay=True, speeds=True, settle=True),
     "kl":       dict(objective="kl", penalty=None, decay=True, speeds=True, settle=True),  # Nowozin et al. 2016
 }
-# Gamma at first, and at last in units of deviation^2 (it has the unit of x^2); the shares of training between which it
-# falls geometrically; the share at the end over which the rates fall to 0, and the power of that fall.
-SCHEDULES = {
-    "mixture": (0.1, 0.2, 0.25, 0.6, 0.4, 1),
-    "ring": (0.1, 0.2, 0.25, 0.85, 0.4, 1),  # the finest modes: gamma has further to fall
-    "grid": (0.1, 0.2, 0.25, 0.6, 0.4, 1),
-    "four-points": (1.0, 0.5, 0.0, 1.0, 1.0, 2),
-}
+# What differs between the toys. The ring's and the grid's modes are fine: a fortieth or less of what lies between them.
+#   first, last     gamma falls geometrically from `first` to `last` deviation^2 (it has the unit of x^2)
+#   held, fallen    the shares of training between which it falls
+#   follow          the rates fall with gamma^follow, as a step must not be wider than what D(x, z) can tell apart,
+#   decay, power    and over the last share `decay` of training to 0, with the power `power`
+#   speeds          what replaces SPEEDS
+#   settle, sharp   recipe "settle": the share of training at which the encoder stops; and (most, at) of its softmax's
+#                   scale, which rises from 1 to `most`. Samples have one-hot codes: fine modes need z_hat close to one
+#   code            the share of training at which gamma of D(z) has fallen from 1 to .1
+#   narrow          factor of the decoder's first weights of n: fine modes that start wide take long to narrow
+COARSE = dict(first=0.1, last=0.2, held=0.25, fallen=0.6, follow=0, decay=0.4, power=1, speeds={}, settle=0.4,
+              sharp=(3, 0.27), code=1, narrow=1)
+FINE = dict(first=0.1, last=0.2, held=0.35, fallen=0.6, follow=0.25, decay=0.2, power=1,
+            speeds=dict(decoder=0.5, reconstruction_discriminator=5), settle=0.35, sharp=(6, 0.35), code=0.35,
+            narrow=0.3)
+SCHEDULES = {"mixture": COARSE, "ring": FINE, "grid": FINE,
+             "four-points": dict(first=1.0, last=0.5, held=0.0, fallen=1.0, follow=0, decay=1.0, power=2, speeds={})}
 SPEEDS = {  # rates in units of `--rate`
     "IAE": dict(encoder=4, decoder=1, reconstruction_discriminator=10, regularization_discriminator=4),
     "GAN": dict(generator=1, regularization_discriminator=10),
     "FIAE": dict(generator=1, recognition=1, reconstruction_discriminator=1, regularization_discriminator=1),
     "InfoGAN": dict(generator=1, recognition=1, regularization_discriminator=1),
 }
-CODE_PENALTY = (1.0, 0.1)  # gamma at the first step and the last of the IAE's D(z), where that of D(x, z) is not 0
 
 #                  for             mixture        ring        grid        four-points
-STEPS = dict(zip(DATA, (2500, 12000, 12000, 3000)))
+STEPS = dict(zip(DATA, (2500, 9000, 7000, 4000)))
 WIDTHS = dict(zip(DATA, (64, 96, 128, 64)))
 RATES = dict(zip(DATA, (1e-3, 1e-3, 1e-3, 2e-3)))
+BATCHES = dict(zip(DATA, (256, 256, 512, 256)))  # the grid: 20 rows a mode
 INFO_WEIGHT = 0.01
 
 
@@ -147,12 +156,18 @@ class AdditiveNoise(nn.Module):
         return self.network(z) + self.deviation * n  # (seeds, batch, 2)
 
 
-def mixture_model(kind: str, seeds: list[int], codes: int, local: int, width: int, **options) -> IAE | FIAE:
-    """"IAE" or "GAN" of Figure 5 with the same decoder: a categorical code of `codes`, a Gaussian one of `local`."""
+def mixture_model(kind: str, seeds: list[int], codes: int, local: int, width: int, narrow: float = 1.0,
+                  **options) -> IAE | FIAE:
+    """"IAE" or "GAN" of Figure 5 with the same decoder: a categorical code of `codes`, a Gaussian one of `local`.
+
+    narrow scales the decoder's first weights of the Gaussian n, and so how wide its modes are at first.
+    """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     network = partial(MLP, generators, width=width)
     sizes = dict(shape=(2,), global_size=codes, local_size=local, prior="categorical")
     decoder = network(codes + local, 2)
+    with torch.no_grad():
+        decoder.weights[0][:, codes:] *= narrow
     if kind == "GAN":
         return FIAE(decoder, None, None, network(2, 1, slope=0.2), **sizes, **options)
     return IAE(network(2, codes, softmax=True), decoder, network(2 + codes, 1, slope=0.2),
@@ -178,9 +193,9 @@ def train(kind: str, model: IAE | FIAE, data: str, recipe: dict, options: argpar
 
     Every loss is a mean over seeds and batch; times the seeds it is each seed's own mean, as if it trained alone.
     """
-    deviation, seeds = DATA[data][1], len(options.seeds)
-    first, last, held, fallen, decay, power = SCHEDULES[data]
-    start, end = options.penalty or recipe["penalty"] or (first, last * deviation**2)
+    deviation, seeds, batch = DATA[data][1], len(options.seeds), options.batch or BATCHES[data]
+    plan = SCHEDULES[data]
+    start, end = options.penalty or recipe["penalty"] or (plan["first"], plan["last"] * deviation**2)
     groups = {name: {"params": list(network.parameters()), "name": name} for name, network in model.named_children()}
     critics, players = ([group for name, group in groups.items() if ("discriminator" in name) == which]
                         for which in (True, False))
@@ -194,23 +209,26 @@ def train(kind: str, model: IAE | FIAE, data: str, recipe: dict, options: argpar
     began = told = time.time()
     for step in range(1, steps + 1):
         progress = step / steps
+        fall = 1.0  # gamma over what it starts from
         if start:
-            share = min(1.0, max(0.0, (progress - held) / (fallen - held)))
-            model.penalty = model.regularization_penalty = start * (end / start) ** share
+            share = (progress - plan["held"]) / (plan["fallen"] - plan["held"])
+            fall = (end / start) ** min(1.0, max(0.0, share))
+            model.penalty = model.regularization_penalty = start * fall
             if isinstance(model, IAE):
-                model.regularization_penalty = CODE_PENALTY[0] * (CODE_PENALTY[1] / CODE_PENALTY[0]) ** progress
+                model.regularization_penalty = 0.1 ** min(1.0, progress / plan["code"])
         if settle:
-            model.regularization_discriminator.deviation = 0.3 * max(0.0, 1 - progress / 0.4)
-            model.encoder.scale = 3 ** min(1.0, progress / 0.27)
+            model.regularization_discriminator.deviation = 0.3 * max(0.0, 1 - progress / plan["settle"])
+            most, at = plan["sharp"]
+            model.encoder.scale = most ** min(1.0, progress / at)
         for group in (*optimizers[0].param_groups, *optimizers[1].param_groups):
             group["lr"] = options.rate or RATES[data]
             if recipe["speeds"]:
-                group["lr"] *= SPEEDS[kind][group["name"]]
+                group["lr"] *= {**SPEEDS[kind], **plan["speeds"]}[group["name"]]
             if settle and group["name"] == "encoder":
-                group["lr"] *= min(1.0, max(0.0, (0.4 - progress) / 0.3))
+                group["lr"] *= min(1.0, max(0.0, 1 - progress / plan["settle"]) / 0.75)
             elif recipe["decay"]:
-                group["lr"] *= min(1.0, (1 - progress) / decay) ** power
-        x = draw(data, seeds, options.batch)
+                group["lr"] *= fall ** plan["follow"] * min(1.0, (1 - progress) / plan["decay"]) ** plan["power"]
+        x = draw(data, seeds, batch)
         outputs = model(x)
         told_critics = model.discriminator_losses(x, *outputs)
         optimizers[0].zero_grad()
@@ -292,6 +310,7 @@ def clustering_accuracy(code: Tensor, mode: Tensor) -> float:
 def run_mixture(data: str, kinds: tuple[str, ...], recipe: dict, options: argparse.Namespace, count: int, local: int):
     """Train and measure `kinds` on a mixture: numbers {model: {metric: [one a seed]}} and pictures {name: tensors}."""
     (modes, deviation), seeds = DATA[data], options.seeds
+    torch.manual_seed(seeds[0])
     x, numbers, pictures = draw(data, len(seeds), count), {}, {}
     nearest = torch.cdist(x, modes).argmin(-1)  # (seeds, count)
     numbers["data"] = each_seed(lambda s: mixture_numbers(x[s], nearest[s], modes, deviation), seeds)
@@ -303,7 +322,8 @@ def run_mixture(data: str, kinds: tuple[str, ...], recipe: dict, options: argpar
     for kind in kinds:
         torch.manual_seed(seeds[0])
         width = options.width or WIDTHS[data]
-        model = mixture_model(kind, seeds, len(modes), local, width, objective=recipe["objective"])
+        model = mixture_model(kind, seeds, len(modes), local, width, narrow=SCHEDULES[data]["narrow"],
+                              objective=recipe["objective"])
         with torch.enable_grad():
             frames = train(kind, model, data, recipe, options,
                            lambda model: [part[0, :1500] for part in sample(model)])
@@ -495,7 +515,7 @@ def four_points_figure(numbers: dict, pictures: dict, folder: Path) -> None:
         panel(row[0], f"{kind}: true posterior p(z|x)", f"borders' axis alignment {first['alignment']:+.2f}\n"
               f"(1 axis-aligned, -1 diagonal)", *stack(true), 3.6)
         panel(row[1], f"{kind}: variational posterior q(z|x)", f"agreement {100 * first['agreement']:.1f} %, overlap "
-              f"{100 * first['overlap']:.1f} %\nMMD² to p(z) {first['mmd']:.4f} (floor {first['mmd_floor']:.4f})",
+              f"{100 * first['overlap']:.1f} %\nMMD² to p(z) {first['mmd']:.5f} (floor {first['mmd_floor']:.5f})",
               *stack(variational), 3.6)
         panel(row[2], f"{kind}: samples x ~ p(x)", f"distance to the four {first['distance']:.3f}\n"
               f"least share {first['share_min']:.2f}", x_hat, [FOUR[i] for i in label.tolist()], 2)
@@ -643,11 +663,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         "else; kl: stable with the KL f-GAN in place of Eq. 1; penalty, annealed, decayed, speeds: "
                         "the steps from paper to stable")
     parser.add_argument("--steps", type=positive(int), help=f"default {STEPS}")
-    parser.add_argument("--batch", type=positive(int), default=256, help="rows a step and seed (default 256)")
+    parser.add_argument("--batch", type=positive(int), help=f"rows a step and seed, default {BATCHES}")
     parser.add_argument("--width", type=positive(int), help=f"hidden units of every layer, default {WIDTHS}")
     parser.add_argument("--rate", type=positive(float),
-                        help=f"Adam's learning rate, default {RATES}; in speeds, stable and kl of the decoder or the "
-                        "generator, the others in proportion")
+                        help=f"Adam's learning rate, default {RATES}; in speeds, stable and kl the rate of networks of "
+                        "speed 1, the others in proportion")
     parser.add_argument("--penalty", type=positive(float), nargs=2, metavar=("START", "END"),
                         help="gamma of the penalty at first and at last, in place of the recipe's")
     parser.add_argument("--info-weight", type=positive(float), default=INFO_WEIGHT,
