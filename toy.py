@@ -133,17 +133,6 @@ class MLP(nn.Module):
         return (self.scale * logits).softmax(-1).transpose(0, 1)  # (seeds, batch, outputs)
 
 
-class NoisyInput(nn.Module):
-    """network(z + deviation noise), a D(z) that sees both kinds of codes in the same noise (recipe "settle")."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network, self.deviation = network, 0.0
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.network(z + self.deviation * torch.randn_like(z) if self.deviation else z)
-
-
 class AdditiveNoise(nn.Module):
     """p(x|z) = N(network(z), deviation^2): the four points' generator. Its local noise n, (seeds, batch, 2), is the
     small noise that the data carry too, so z cannot be written into deviations of x that are smaller."""
@@ -171,7 +160,7 @@ def mixture_model(kind: str, seeds: list[int], codes: int, local: int, width: in
     if kind == "GAN":
         return FIAE(decoder, None, None, network(2, 1, slope=0.2), **sizes, **options)
     return IAE(network(2, codes, softmax=True), decoder, network(2 + codes, 1, slope=0.2),
-               NoisyInput(network(codes, 1)), **sizes, **options)
+               network(codes, 1), **sizes, **options)
 
 
 def four_points_model(kind: str, seeds: list[int], deviation: float, width: int, info_weight: float, **options) -> FIAE:
@@ -217,7 +206,7 @@ def train(kind: str, model: IAE | FIAE, data: str, recipe: dict, options: argpar
             if isinstance(model, IAE):
                 model.regularization_penalty = 0.1 ** min(1.0, progress / plan["code"])
         if settle:
-            model.regularization_discriminator.deviation = 0.3 * max(0.0, 1 - progress / plan["settle"])
+            model.code_noise = 0.3 * max(0.0, 1 - progress / plan["settle"])
             most, at = plan["sharp"]
             model.encoder.scale = most ** min(1.0, progress / at)
         for group in (*optimizers[0].param_groups, *optimizers[1].param_groups):
