@@ -1254,7 +1254,8 @@ def test_many_steps_take_no_more_memory_or_time_a_step(digits, tmp_path, tiny, m
     (("--batch-size", 100000), "100000"), (("--validation", 100000), "100000"), (("--out", "/dev/null/x"), "--out"),
     (("--resume", "nowhere"), "nowhere"), (("--from", "nowhere", "--sample", 3), "nowhere"),
     (("--sample", 3), "--from"), (("--labels", 20), "--prior categorical"),
-    (("--agreement-weight", 1), "--prior categorical"), (("--code-noise", -1), "--code-noise -1"), (("--seeds", 1, 1), "--seeds"),
+    (("--agreement-weight", 1), "--prior categorical"), (("--code-noise", -1), "--code-noise -1"),
+    (("--seeds", 1, 1), "--seeds"),
     (("--labels", 7, "--prior", "categorical"), "--labels 7"), (("--seeds", 1, 2), "--out"),
     (("--model", "fiae", "--euclidean"), "--euclidean"), (("--model", "infogan", "--noise", 3), "--noise"),
     (("--global", 0, "--euclidean"), "--euclidean"), (("--dataset", "missing.npz"), "missing.npz")])
