@@ -95,7 +95,7 @@ SPEEDS = {  # rates in units of `--rate`
 STEPS = dict(zip(DATA, (2500, 9000, 7000, 3000)))
 WIDTHS = dict(zip(DATA, (64, 96, 128, 64)))
 RATES = dict(zip(DATA, (1e-3, 1e-3, 1e-3, 2e-3)))
-BATCHES = dict(zip(DATA, (256, 256, 512, 256)))  # the grid: 20 rows a mode
+BATCHES = dict(zip(DATA, (256, 256, 512, 512)))
 INFO_WEIGHT = 0.01
 
 
