@@ -800,8 +800,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--regularization-weight", type=float, metavar="WEIGHT", help="of the regularization GAN in what is descended")
     add("--regularization-steps", type=int, metavar="K", help="of the IAE's D(z) for each step of the others")
     add("--code-noise", type=float, metavar="DEVIATION", help="of the noise in which the IAE's D(z) sees codes")
-    add("--agreement-weight", type=float, metavar="WEIGHT",
-        help="of the probability that a deformed image gets the same code, in what the encoder descends (categorical)")
+    add("--agreement-weight", type=float, metavar="WEIGHT", help="of agreement on deformed images (categorical)")
     add("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help="in the reconstruction discriminator")
     add("--rates", type=float, nargs=4, metavar=("F", "G", "DX", "DZ"),
         help="learning rates of encoder, decoder, reconstruction and regularization discriminator")
@@ -835,7 +834,6 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--out", help="the run's folder (runs/DATASET-GLOBAL-LOCAL-NUMBER)")
     add("--resume", metavar="RUN",
         help="go on with a run's folder or checkpoint; --epochs, --steps, --device and --data-dir may change")
-
     add("--benchmark", action="store_true",
         help="time this project's step beside the field's way and plain float32, in one table, and end")
 
