@@ -119,10 +119,10 @@ class Encoder(nn.Module):
         """The last BatchNorm's output (batch, code_size): under a categorical prior the clusters' logits."""
         h = self.features(x)  # (batch, size)
         h = self.head(h if eps is None else torch.cat([h, eps], dim=1))  # (batch, code_size)
-        return self.scale * self.norm(h.float())
+        return self.scale * self.norm(h.float())  # (batch, code_size)
 
     def forward(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
-        return self.last(self.logits(x, eps))
+        return self.last(self.logits(x, eps))  # (batch, code_size)
 
 
 class Decoder(nn.Module):
@@ -297,6 +297,7 @@ class IAE(nn.Module):
     GAN by the Euclidean cost (with regularization: the AAE); regularization_discriminator None drops KL(q(z) || p(z)).
 
     Section 2's cases: 1 local_size 0 without regularization, 2 local_size 0, 3 without regularization, 4 as it is.
+    Not in the paper, for a categorical z: agreement_weight of `agreement_loss`; code_noise, the deviation in `blurred`.
     """
 
     def __init__(self, encoder: nn.Module | None, decoder: nn.Module, reconstruction_discriminator: nn.Module | None,
