@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, OneHotCategorical
 
-from iae import Decoder, Encoder, JointDiscriminator, discriminate, generator_loss, sample_prior
+from iae import (Decoder, Encoder, JointDiscriminator, agreement_loss, blurred, deform, discriminate, generator_loss,
+                 sample_prior)
 
 
 class FIAE(nn.Module):
@@ -34,6 +35,8 @@ class FIAE(nn.Module):
 
     prior, objective ("paired": the rows of both pairs share x_hat) and the penalties: as in iae.IAE. positive_gradient
     moves the generator through the positive pair too. Figure 10 has local_size = noise_size = 0.
+    Not in the paper, for a categorical z: code_noise of D(x, z)'s `blurred` codes; with an agreement_weight the
+    recognition network sees x_hat deformed, and descends `agreement_loss` on the data.
     """
 
     def __init__(self, generator: nn.Module, recognition: nn.Module | None,
@@ -41,7 +44,8 @@ class FIAE(nn.Module):
                  shape: tuple[int, ...], global_size: int, local_size: int, noise_size: int = 0,
                  prior: str = "gaussian", objective: str = "gan", penalty: float = 0.0,
                  regularization_penalty: float | None = None, positive_gradient: bool = False,
-                 reconstruction_weight: float = 1.0, regularization_weight: float = 1.0):
+                 reconstruction_weight: float = 1.0, regularization_weight: float = 1.0,
+                 agreement_weight: float = 0.0, code_noise: float = 0.0):
         super().__init__()
         self.generator, self.recognition = generator, recognition
         self.reconstruction_discriminator = reconstruction_discriminator
@@ -51,19 +55,21 @@ class FIAE(nn.Module):
         self.objective, self.penalty, self.positive_gradient = objective, penalty, positive_gradient
         self.reconstruction_weight, self.regularization_weight = reconstruction_weight, regularization_weight
         self.regularization_penalty = penalty if regularization_penalty is None else regularization_penalty
+        self.agreement_weight, self.code_noise = agreement_weight, code_noise
 
     @classmethod
     def for_images(cls, shape: tuple[int, int, int], global_size: int, local_size: int, noise_size: int = 0,
                    prior: str = "gaussian", conditioning: str | None = None, batch_norm: bool = True,
-                   **options) -> "FIAE":
+                   local_scale: float = 1.0, **options) -> "FIAE":
         """The model with Appendix D.2's networks for images of `shape`; `options` are the constructor's.
 
-        conditioning as in iae.IAE.for_images. Raises ValueError for a negative size or no latent code.
+        conditioning as in iae.IAE.for_images, for a categorical prior "projection" by default. Raises ValueError for a negative size or no latent code.
         """
         if min(local_size, noise_size) < 0 or global_size < 1:
             raise ValueError("code sizes: the latent code needs at least 1, local and noise sizes at least 0")
-        conditioning = conditioning or ("dependent" if prior == "gaussian" else "invariant")
-        return cls(Decoder(shape, global_size, local_size), Encoder(shape, global_size, noise_size, prior),
+        conditioning = conditioning or ("dependent" if prior == "gaussian" else "projection")
+        return cls(Decoder(shape, global_size, local_size, local_scale),
+                   Encoder(shape, global_size, noise_size, prior),
                    JointDiscriminator(shape, global_size, conditioning, batch_norm),
                    JointDiscriminator(shape, 0, batch_norm=batch_norm), shape=shape, global_size=global_size,
                    local_size=local_size, noise_size=noise_size, prior=prior, **options)
@@ -110,15 +116,20 @@ class FIAE(nn.Module):
         """
         z = self.sample_codes(*x.shape[:x.dim() - len(self.shape)])
         x_hat = self.decode(z)
-        return z, x_hat, self.encode(x_hat) if self.recognition is not None else None
+        return z, x_hat, self.encode(self.dreamt(x_hat)) if self.recognition is not None else None
+
+    def dreamt(self, x_hat: Tensor) -> Tensor:
+        """x_hat as the recognition network sees it in training: deformed where there is an agreement_weight."""
+        return deform(x_hat) if self.agreement_weight else x_hat
 
     def discriminator_losses(self, x: Tensor, z: Tensor, x_hat: Tensor, z_hat: Tensor | None) -> dict[str, Tensor]:
         """What the two discriminators descend, for data x and the model's (z, x_hat, z_hat): all constants here."""
         losses = {}
         if self.reconstruction_discriminator is not None:
             losses["reconstruction_discriminator"] = discriminate(
-                self.reconstruction_discriminator, real=(x_hat, z), fake=(x_hat, z_hat),
-                objective=self.objective, penalty=self.penalty)
+                self.reconstruction_discriminator, real=(x_hat, blurred(z, self.code_noise)),
+                fake=(x_hat, blurred(z_hat, self.code_noise)), objective=self.objective,
+                penalty=self.penalty)
         # x and x_hat share nothing row by row, so "paired" has no meaning here: Eq. 1 takes its place.
         losses["regularization_discriminator"] = discriminate(
             self.regularization_discriminator, real=(x,), fake=(x_hat,),
@@ -130,6 +141,7 @@ class FIAE(nn.Module):
 
         reconstruction   KL(p(x, z) || s(x, z)), moves both
         regularization   KL(p(x) || p_data), moves the generator alone
+        agreement        with an agreement_weight: on the data, moves the recognition network alone
         """
         losses = {}
         if self.recognition is not None:
@@ -137,10 +149,14 @@ class FIAE(nn.Module):
         fake = self.regularization_discriminator(x_hat)
         objective = "gan" if self.objective == "paired" else self.objective
         losses["regularization"] = self.regularization_weight * generator_loss(None, fake, objective)
+        if self.agreement_weight:
+            copies = self.logits(x).softmax(1), self.logits(deform(x)).softmax(1)  # (batch, K) each
+            losses["agreement"] = self.agreement_weight * agreement_loss(*copies)
         return losses
 
     def reconstruction_loss(self, z: Tensor, x_hat: Tensor, z_hat: Tensor) -> Tensor:
         """-log D(x_hat, z_hat): reaches the recognition network by z_hat, the generator by x_hat and through z_hat."""
+        z, z_hat = blurred(z, self.code_noise), blurred(z_hat, self.code_noise)
         fake, real = self.reconstruction_discriminator(x_hat, z_hat), None
         if self.positive_gradient:
             real = self.reconstruction_discriminator(x_hat, z)
@@ -160,13 +176,13 @@ class InfoGAN(FIAE):
 
     @classmethod
     def for_images(cls, shape: tuple[int, int, int], global_size: int, local_size: int, prior: str = "gaussian",
-                   batch_norm: bool = True, **options) -> "InfoGAN":
+                   batch_norm: bool = True, local_scale: float = 1.0, **options) -> "InfoGAN":
         """As FIAE.for_images, with the same generator and D(x); the recognition network ends in its linear layer."""
         if local_size < 0 or global_size < 1:
             raise ValueError("code sizes: the latent code needs at least 1, the local size at least 0")
         recognition = Encoder(shape, 2 * global_size if prior == "gaussian" else global_size, prior=prior)
         recognition.norm, recognition.scale, recognition.last = nn.Identity(), 1.0, nn.Identity()
-        return cls(Decoder(shape, global_size, local_size), recognition, None,
+        return cls(Decoder(shape, global_size, local_size, local_scale), recognition, None,
                    JointDiscriminator(shape, 0, batch_norm=batch_norm), shape=shape, global_size=global_size,
                    local_size=local_size, prior=prior, **options)
 
@@ -189,4 +205,4 @@ class InfoGAN(FIAE):
 
     def reconstruction_loss(self, z: Tensor, x_hat: Tensor, z_hat: None = None) -> Tensor:
         """E[-log q(z|x_hat)], Eq. 13: reaches the recognition network, and the generator by x_hat."""
-        return -self.posterior(x_hat).log_prob(z).mean()
+        return -self.posterior(self.dreamt(x_hat)).log_prob(z).mean()

@@ -129,10 +129,10 @@ class Decoder(nn.Module):
     """x_hat = g(z, n), Appendix D.2's second column. p(x|z) is implicit: its sample is the output itself.
 
     z (batch, code_size) and n (batch, local_size), either of them None where its size is 0.
-    Returns x_hat (batch, *shape) in the network's range.
+    Returns x_hat (batch, *shape) in the network's range. local_scale: what the initial weights of n are multiplied by.
     """
 
-    def __init__(self, shape: tuple[int, int, int], code_size: int, local_size: int):
+    def __init__(self, shape: tuple[int, int, int], code_size: int, local_size: int, local_scale: float = 1.0):
         super().__init__()
         layout, (channels, height, width) = layout_of(shape), shape
         widths = layout["channels"][::-1]
@@ -143,6 +143,7 @@ class Decoder(nn.Module):
             first = [nn.Linear(size, layout["hidden"]), nn.BatchNorm1d(layout["hidden"]), nn.ReLU()]
             size = layout["hidden"]
         self.fc = nn.Sequential(*first, nn.Linear(size, math.prod(self.start)))
+        self.fc[0].weight.data[:, code_size:] *= local_scale
         layers = [nn.BatchNorm2d(widths[0]), nn.ReLU()]
         for inputs, outputs in zip(widths, widths[1:]):
             layers += [upconv(inputs, outputs, layout["kernel"]), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -182,7 +183,8 @@ class JointDiscriminator(nn.Module):
     """The reconstruction GAN's D(x, z), Appendix D.2's third column; with code_size 0 the D(x) of a plain GAN.
 
     x (batch, *shape), z (batch, code_size) or None. Returns logits (batch,): log D / (1 - D), large where real.
-    The code is an adaptive bias of the first layer (D.1), added before its BatchNorm and ReLU.
+    The code is an adaptive bias of the first layer (D.1), added before its BatchNorm and ReLU. Not in the paper:
+    conditioning "projection", logits psi(x) + z . phi(x) from the last layer (Miyato and Koyama 2018).
     """
 
     def __init__(self, shape: tuple[int, int, int], code_size: int, conditioning: str = "dependent",
@@ -192,8 +194,11 @@ class JointDiscriminator(nn.Module):
         widths, kernel = layout["channels"], layout["kernel"]
         self.first = conv(channels, widths[0], kernel)
         height, width = height // 2, width // 2
-        condition = {"dependent": LocationDependent, "invariant": LocationInvariant}[conditioning]
-        self.condition = condition(code_size, widths[0], height, width) if code_size else None
+        self.projection = conditioning == "projection" and code_size > 0
+        self.condition = None
+        if code_size and not self.projection:
+            condition = {"dependent": LocationDependent, "invariant": LocationInvariant}[conditioning]
+            self.condition = condition(code_size, widths[0], height, width)
         norm2d, norm1d = (nn.BatchNorm2d, nn.BatchNorm1d) if batch_norm else (nn.Identity, nn.Identity)
         layers = [norm2d(widths[0]), nn.ReLU()]
         for inputs, outputs in zip(widths, widths[1:]):
@@ -202,14 +207,15 @@ class JointDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
         size, hidden = widths[-1] * height * width, layout["hidden"]
         fc = [nn.Linear(size, hidden), norm1d(hidden), nn.ReLU()] if hidden else []
-        self.fc = nn.Sequential(*fc, nn.Linear(hidden or size, 1))
+        self.fc = nn.Sequential(*fc, nn.Linear(hidden or size, 1 + code_size * self.projection))
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         h = self.first(x)  # (batch, channels, height / 2, width / 2)
         if self.condition is not None:
             h = h + self.condition(z)
         h = self.layers(h).permute(0, 2, 3, 1).flatten(1)  # channels last, the layout of the memory: no copy
-        return self.fc(h).squeeze(1).float()  # (batch,)
+        h = self.fc(h).float()  # (batch, 1), with a projection (batch, 1 + code_size)
+        return h[:, 0] + (z * h[:, 1:]).sum(1) if self.projection else h.squeeze(1)  # (batch,)
 
 
 class CodeDiscriminator(nn.Module):
@@ -271,6 +277,20 @@ def generator_loss(real: Tensor | None, fake: Tensor, objective: str = "gan") ->
     raise ValueError(f"objective {objective!r}: use gan, paired or kl")
 
 
+def blurred(z: Tensor, deviation: float) -> Tensor:
+    """Codes z in Gaussian noise. Not in the paper: with the same noise on real and fake codes a one-hot prior and the
+    softmax, which never is one-hot, overlap, and a discriminator cannot live on the corners of the simplex."""
+    return z + deviation * torch.randn_like(z) if deviation else z
+
+
+def agreement_loss(p: Tensor, q: Tensor) -> Tensor:
+    """-log of the probability that two copies of an image get the same code: p, q (batch, K) are their q(k|x).
+
+    Not in the paper. It asks for agreement, and less than a cross-entropy for confidence.
+    """
+    return -(p * q).sum(1).clamp(min=1e-6).log().mean()
+
+
 def discriminate(discriminator: nn.Module, real: tuple, fake: tuple, objective: str = "gan",
                  penalty: float = 0.0) -> Tensor:
     """What `discriminator` descends: `discriminator_loss` and (penalty / 2) (R1 + R2), E |dD/dinputs|^2 on both sides.
@@ -297,7 +317,7 @@ class IAE(nn.Module):
     GAN by the Euclidean cost (with regularization: the AAE); regularization_discriminator None drops KL(q(z) || p(z)).
 
     Section 2's cases: 1 local_size 0 without regularization, 2 local_size 0, 3 without regularization, 4 as it is.
-    Not in the paper, for a categorical z: agreement_weight of `agreement_loss`; code_noise, the deviation in `blurred`.
+    Not in the paper, for a categorical z: agreement_weight of `agreement_loss`, code_noise of D(z)'s `blurred` codes.
     """
 
     def __init__(self, encoder: nn.Module | None, decoder: nn.Module, reconstruction_discriminator: nn.Module | None,
@@ -322,7 +342,8 @@ class IAE(nn.Module):
     @classmethod
     def for_images(cls, shape: tuple[int, int, int], global_size: int, local_size: int, noise_size: int = 0,
                    prior: str = "gaussian", conditioning: str | None = None, batch_norm: bool = True,
-                   euclidean: bool = False, regularization: bool = True, **options) -> "IAE":
+                   euclidean: bool = False, regularization: bool = True, local_scale: float = 1.0,
+                   **options) -> "IAE":
         """The model with Appendix D.2's networks for images of `shape`; `options` are the constructor's.
 
         conditioning defaults to D.1's choice: location-dependent for a Gaussian code, -invariant for a categorical.
@@ -333,8 +354,8 @@ class IAE(nn.Module):
         encoder = Encoder(shape, global_size, noise_size, prior) if global_size else None
         joint = None if euclidean else JointDiscriminator(shape, global_size, conditioning, batch_norm)
         code = CodeDiscriminator(global_size) if regularization and global_size else None
-        return cls(encoder, Decoder(shape, global_size, local_size), joint, code, shape=shape, global_size=global_size,
-                   local_size=local_size, noise_size=noise_size, prior=prior, **options)
+        return cls(encoder, Decoder(shape, global_size, local_size, local_scale), joint, code, shape=shape,
+                   global_size=global_size, local_size=local_size, noise_size=noise_size, prior=prior, **options)
 
     def encode(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
         """A sample z_hat ~ q(z|x), (batch, global_size), of images x in the network's range; None for a plain GAN.
@@ -406,17 +427,12 @@ class IAE(nn.Module):
             losses["regularization_discriminator"] = self.regularization_discriminator_loss(z_hat)
         return losses
 
-    def blurred(self, z: Tensor) -> Tensor:
-        """z as D(z) sees it: with code_noise, real and fake codes in the same Gaussian noise, so that a one-hot prior
-        and the softmax, which never is one-hot, overlap."""
-        return z + self.code_noise * torch.randn_like(z) if self.code_noise else z
-
     def regularization_discriminator_loss(self, z_hat: Tensor) -> Tensor:
         """What D(z) descends: fresh z ~ p(z) are real, z_hat (..., batch, global_size) fake, a constant."""
-        real = self.blurred(self.sample_codes(*z_hat.shape[:-1]))
+        real = blurred(self.sample_codes(*z_hat.shape[:-1]), self.code_noise)
         # z and z_hat share nothing row by row, so "paired" has no meaning here: Eq. 1 takes its place.
         return discriminate(
-            self.regularization_discriminator, real=(real,), fake=(self.blurred(z_hat),),
+            self.regularization_discriminator, real=(real,), fake=(blurred(z_hat, self.code_noise),),
             objective="gan" if self.objective == "paired" else self.objective, penalty=self.regularization_penalty)
 
     def autoencoder_losses(self, x: Tensor, z_hat: Tensor | None, x_hat: Tensor) -> dict[str, Tensor]:
@@ -439,17 +455,11 @@ class IAE(nn.Module):
         losses["reconstruction"] = self.reconstruction_weight * loss
         if self.regularization_discriminator is not None:
             objective = "gan" if self.objective == "paired" else self.objective
-            fake = self.regularization_discriminator(self.blurred(z_hat))
+            fake = self.regularization_discriminator(blurred(z_hat, self.code_noise))
             losses["regularization"] = self.regularization_weight * generator_loss(None, fake, objective)
         if self.agreement_weight:
-            losses["agreement"] = self.agreement_weight * self.agreement_loss(x, z_hat)
+            losses["agreement"] = self.agreement_weight * agreement_loss(z_hat, self.encode(deform(x)))  # the encoder's
         return losses
-
-    def agreement_loss(self, x: Tensor, z_hat: Tensor) -> Tensor:
-        """-log of the probability that x and a deformed copy of it get the same code, for a categorical z: the sum over
-        k of q(k|x) q(k|deform(x)), where z_hat (batch, global_size) is q(.|x). Moves the encoder. Not in the paper."""
-        same = (z_hat * self.encode(deform(x))).sum(1)  # (batch,)
-        return -same.clamp(min=1e-6).log().mean()
 
     def classification_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of q(z|x) at labels y (batch,) in [0, global_size), for a categorical z (Section 2.1.2,

@@ -52,8 +52,9 @@ RECIPES = {
         reconstruction_weight=1.0,  # of the reconstruction GAN's loss in what encoder and decoder descend
         regularization_weight=1.0,  # of the regularization GAN's
         regularization_steps=1,  # of the IAE's D(z), for each step of the others
-        code_noise=0.0,  # deviation of the noise in which the IAE's D(z) sees codes
+        code_noise=0.0,  # deviation of the noise in which the IAE's D(z), the FIAE's D(x, z) sees codes
         agreement_weight=0.0,  # of the probability that a deformed image gets the same code
+        local_scale=1.0,  # of the decoder's initial weights of n
         batch_norm=True,  # in the reconstruction discriminator
         beta1=0.5,  # of Adam
         rates=(1e-3, 1e-3, 2e-4, 2e-4),  # Adam's, of encoder, decoder, reconstruction and regularization discriminator
@@ -69,6 +70,7 @@ RECIPES = {
         regularization_steps=1,
         code_noise=0.0,
         agreement_weight=0.0,
+        local_scale=1.0,
         batch_norm=True,
         beta1=0.0,
         rates=(1e-4, 1e-3, 2e-4, 5e-4),
@@ -81,11 +83,14 @@ DETERMINISTIC = dict(regularization_weight=1.0, rates=(3e-4, 1e-3, 5e-4, 5e-4))
 # And under a categorical prior: what a cluster is must be said, and D(z) must not win by the corners of the simplex.
 CATEGORICAL = dict(regularization_penalty=0.3, regularization_weight=100.0, code_noise=0.3, agreement_weight=1.0,
                    rates=(1e-3, 1e-3, 2e-4, 2e-3))
+# Where the model is flipped, D(x) is a plain GAN's: InfoGAN's settings, and D(x, z) as fast as the recognition network.
+FLIPPED = dict(regularization_penalty=0.0, regularization_weight=1.0, beta1=0.5, rates=(1e-3, 1e-3, 1e-3, 2e-4))
+FLIPPED_CATEGORICAL = dict(FLIPPED, reconstruction_weight=0.3, code_noise=0.3, agreement_weight=1.0, local_scale=0.5)
 CHOICES = {
     "model": ("iae", "fiae", "infogan"), "prior": ("gaussian", "categorical"), "objective": ("gan", "paired", "kl"),
-    "conditioning": ("dependent", "invariant"), "recipe": tuple(RECIPES), "precision": ("auto", "float32", "bf16"),
+    "conditioning": ("dependent", "invariant", "projection"), "recipe": tuple(RECIPES), "precision": ("auto", "float32", "bf16"),
 }
-PROJECT, FORMAT = "implicit-autoencoders", 3  # what a checkpoint says it is
+PROJECT, FORMAT = "implicit-autoencoders", 4  # what a checkpoint says it is
 SAVE_SECONDS = 120  # between checkpoints
 JUDGED_STEPS = 400  # a discriminator or code that shows nothing by then is named in the log
 
@@ -95,13 +100,13 @@ def build_model(settings: dict) -> IAE | FIAE:
     sizes = tuple(settings["shape"]), settings["global"], settings["local"]
     options = {name: settings[name] for name in (
         "prior", "batch_norm", "objective", "penalty", "regularization_penalty", "reconstruction_weight",
-        "regularization_weight", "positive_gradient")}
+        "regularization_weight", "positive_gradient", "agreement_weight", "code_noise", "local_scale")}
     if settings["model"] == "infogan":
         return InfoGAN.for_images(*sizes, **options)
     options.update(noise_size=settings["noise"], conditioning=settings["conditioning"])
     if settings["model"] == "fiae":
         return FIAE.for_images(*sizes, **options)
-    options.update({name: settings[name] for name in ("euclidean", "regularization", "agreement_weight", "code_noise")})
+    options.update({name: settings[name] for name in ("euclidean", "regularization")})
     return IAE.for_images(*sizes, **options)
 
 
@@ -785,7 +790,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--prior", default="gaussian", choices=CHOICES["prior"],
         help="p(z); categorical: --global is the number of clusters (%(default)s)")
     add("--conditioning", choices=CHOICES["conditioning"],
-        help="how D(x, z) sees z, Appendix D.1 (location-dependent for a Gaussian code, -invariant for a categorical)")
+        help="how D(x, z) sees z, Appendix D.1 (location-dependent for a Gaussian code, -invariant for a categorical; "
+             "projection for the fiae's categorical)")
     add("--no-regularization", action="store_true",
         help="drop KL(q(z) || p(z)), cases 1 and 3; samples come from a Gaussian fitted to q(z)")
     add("--euclidean", action="store_true", help="squared error in place of the reconstruction GAN; case 2: the AAE")
@@ -799,8 +805,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--reconstruction-weight", type=float, metavar="WEIGHT", help="of the reconstruction GAN in what is descended")
     add("--regularization-weight", type=float, metavar="WEIGHT", help="of the regularization GAN in what is descended")
     add("--regularization-steps", type=int, metavar="K", help="of the IAE's D(z) for each step of the others")
-    add("--code-noise", type=float, metavar="DEVIATION", help="of the noise in which the IAE's D(z) sees codes")
+    add("--code-noise", type=float, metavar="DEVIATION", help="of the noise in which the IAE's D(z), the FIAE's D(x, z) see codes")
     add("--agreement-weight", type=float, metavar="WEIGHT", help="of agreement on deformed images (categorical)")
+    add("--local-scale", type=float, metavar="FACTOR", help="of the decoder's initial weights of n")
     add("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help="in the reconstruction discriminator")
     add("--rates", type=float, nargs=4, metavar=("F", "G", "DX", "DZ"),
         help="learning rates of encoder, decoder, reconstruction and regularization discriminator")
@@ -879,11 +886,11 @@ def check(error, args: argparse.Namespace) -> None:
         if not 0 < rate < 1:
             error(f"--rates {rate}: a learning rate must be above 0 and below 1")
     for name in ("penalty", "regularization_penalty", "reconstruction_weight", "regularization_weight", "code_noise",
-                 "agreement_weight"):
+                 "agreement_weight", "local_scale"):
         if sizes[name] is not None and not 0 <= sizes[name] < float("inf"):
             error(f"--{name.replace('_', '-')} {sizes[name]}: must be 0 or more")
-    if args.agreement_weight and (args.prior != "categorical" or args.model != "iae"):
-        error("--agreement-weight: of an IAE's clusters; add --prior categorical")
+    if args.agreement_weight and args.prior != "categorical":
+        error("--agreement-weight: of clusters; add --prior categorical")
     if args.beta1 is not None and not 0 <= args.beta1 < 1:
         error(f"--beta1 {args.beta1}: must be at least 0 and below 1")
     if args.averaging is not None and not 0 <= args.averaging < 1:
@@ -948,15 +955,16 @@ def settings_of(args: argparse.Namespace, data: dict) -> dict:
     for name in ("resume", "from", "sample", "reconstruct", "no_regularization", "seeds", "benchmark"):
         del settings[name]
     recipe = dict(RECIPES[args.recipe])
-    if args.local == 0 and args.recipe == "stable":
-        recipe |= DETERMINISTIC
-    if args.prior == "categorical" and args.model == "iae" and args.recipe == "stable":
-        recipe |= CATEGORICAL
+    if args.recipe == "stable" and args.model != "iae":
+        recipe |= FLIPPED_CATEGORICAL if args.prior == "categorical" else FLIPPED
+    elif args.recipe == "stable":
+        recipe |= (DETERMINISTIC if args.local == 0 else {}) | (CATEGORICAL if args.prior == "categorical" else {})
     for name, value in recipe.items():
         if settings[name] is None:
             settings[name] = value
     settings["rates"] = list(settings["rates"])
-    settings["conditioning"] = args.conditioning or ("dependent" if args.prior == "gaussian" else "invariant")
+    of_categories = "invariant" if args.model == "iae" else "projection"
+    settings["conditioning"] = args.conditioning or ("dependent" if args.prior == "gaussian" else of_categories)
     settings["device"] = str(pick_device(args.device))
     settings["precision"] = pick_precision(args.precision, torch.device(settings["device"]))
     settings["capture"] = args.capture and settings["device"].startswith("cuda")
