@@ -36,7 +36,9 @@ class FIAE(nn.Module):
     prior, objective ("paired": the rows of both pairs share x_hat) and the penalties: as in iae.IAE. positive_gradient
     moves the generator through the positive pair too. Figure 10 has local_size = noise_size = 0.
     Not in the paper, for a categorical z: code_noise of D(x, z)'s `blurred` codes; with an agreement_weight the
-    recognition network sees x_hat deformed, and descends `agreement_loss` on the data.
+    recognition network sees x_hat deformed, and descends `agreement_loss` on the data. The latter weighs
+    agreement_weight times `progress`, which the training loop moves from 0 to 1: while dreams look unlike data, it
+    would form clusters of the data that are not the dreams'.
     """
 
     def __init__(self, generator: nn.Module, recognition: nn.Module | None,
@@ -56,18 +58,19 @@ class FIAE(nn.Module):
         self.reconstruction_weight, self.regularization_weight = reconstruction_weight, regularization_weight
         self.regularization_penalty = penalty if regularization_penalty is None else regularization_penalty
         self.agreement_weight, self.code_noise = agreement_weight, code_noise
+        self.register_buffer("progress", torch.ones(()))
 
     @classmethod
     def for_images(cls, shape: tuple[int, int, int], global_size: int, local_size: int, noise_size: int = 0,
-                   prior: str = "gaussian", conditioning: str | None = None, batch_norm: bool = True,
+                   prior: str = "gaussian", conditioning: str = "projection", batch_norm: bool = True,
                    local_scale: float = 1.0, **options) -> "FIAE":
         """The model with Appendix D.2's networks for images of `shape`; `options` are the constructor's.
 
-        conditioning as in iae.IAE.for_images, for a categorical prior "projection" by default. Raises ValueError for a negative size or no latent code.
+        conditioning, of D(x, z): "projection" (default) or those of iae.IAE.for_images. Raises ValueError for a
+        negative size or no latent code.
         """
         if min(local_size, noise_size) < 0 or global_size < 1:
             raise ValueError("code sizes: the latent code needs at least 1, local and noise sizes at least 0")
-        conditioning = conditioning or ("dependent" if prior == "gaussian" else "projection")
         return cls(Decoder(shape, global_size, local_size, local_scale),
                    Encoder(shape, global_size, noise_size, prior),
                    JointDiscriminator(shape, global_size, conditioning, batch_norm),
@@ -151,7 +154,7 @@ class FIAE(nn.Module):
         losses["regularization"] = self.regularization_weight * generator_loss(None, fake, objective)
         if self.agreement_weight:
             copies = self.logits(x).softmax(1), self.logits(deform(x)).softmax(1)  # (batch, K) each
-            losses["agreement"] = self.agreement_weight * agreement_loss(*copies)
+            losses["agreement"] = self.agreement_weight * self.progress * agreement_loss(*copies)
         return losses
 
     def reconstruction_loss(self, z: Tensor, x_hat: Tensor, z_hat: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from PIL import Image
 from torch import nn
 
 import data
+import fiae
 import iae
 import metrics
 import toy
@@ -123,6 +124,28 @@ def test_conditioning_is_a_map_for_all_channels_or_a_bias_for_all_places():
         x = torch.rand(3, *MNIST)
         d(x, z)
         assert torch.allclose(first[0], d.first(x) + d.condition(z).expand(3, 64, 14, 14), atol=1e-6)
+
+
+def test_projection_is_linear_in_the_code():
+    torch.manual_seed(0)
+    d = JointDiscriminator(MNIST, 4, "projection").eval()
+    assert count(d) == count(JointDiscriminator(MNIST, 0)) + 4 * (1024 + 1)
+    x, z, z_hat = torch.rand(5, *MNIST), torch.randn(5, 4), torch.randn(5, 4)
+    phi = torch.stack([d(x, row.expand(5, 4)) - d(x, torch.zeros(5, 4)) for row in torch.eye(4)], 1)  # (5, 4)
+    assert phi.std() > 0.01
+    assert torch.allclose(d(x, z) - d(x, z_hat), ((z - z_hat) * phi).sum(1), atol=1e-5)  # psi(x) cancels in a pair
+
+
+def test_local_scale_multiplies_the_first_weights_of_n():
+    for shape in (MNIST, (3, 32, 32)):
+        ones = []
+        for scale in (1.0, 0.25):
+            torch.manual_seed(0)
+            ones.append(IAE.for_images(shape, 5, 7, local_scale=scale))
+        one, other = (model.decoder.fc[0].weight for model in ones)
+        assert torch.equal(one[:, :5], other[:, :5]) and torch.equal(0.25 * one[:, 5:], other[:, 5:])
+        pairs = zip(ones[0].named_parameters(), ones[1].named_parameters())
+        assert all(torch.equal(p, q) for (name, p), (_, q) in pairs if name != "decoder.fc.0.weight")
 
 
 def test_gaussian_codes_are_normalized_and_categorical_ones_lie_on_the_simplex():
@@ -2678,6 +2701,41 @@ def test_fiae_does_not_look_at_data():
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     assert [tuple(part.shape) for part in first] == [(2, 5, 2)] * 3
     assert model.sample_codes(2, 9).shape == model.encode(torch.zeros(2, 9, 2)).shape == (2, 9, 2)
+
+
+@pytest.mark.parametrize("kind", [FIAE, InfoGAN])
+def test_flipped_agreement_deforms_dreams_and_moves_the_recognition_network_alone(kind, monkeypatch):
+    torch.manual_seed(0)
+    model = kind.for_images(MNIST, 4, 3, prior="categorical", agreement_weight=2.0)
+    seen = []
+    model.recognition.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    monkeypatch.setattr(fiae, "deform", lambda x: x.flip(2))
+    x = torch.rand(6, *MNIST)
+    outputs = z, x_hat, z_hat = model(x)
+    losses = model.autoencoder_losses(x, *outputs)
+    assert len(seen) == 1 and torch.equal(seen[0], x_hat.flip(2))  # what it is trained on
+    p, q = model.logits(x).softmax(1), model.logits(x.flip(2)).softmax(1)
+    assert losses["agreement"].item() == pytest.approx(-2 * (p * q).sum(1).log().mean().item(), rel=1e-4)
+    assert [g is not None for g in moved_by(losses["agreement"], model.generator, model.recognition)] == [False, True]
+    model.progress.fill_(0.25)
+    assert model.autoencoder_losses(x, *outputs)["agreement"].item() == pytest.approx(losses["agreement"].item() / 4)
+    model.agreement_weight = 0.0
+    assert "agreement" not in model.autoencoder_losses(x, *outputs)
+    assert torch.equal(model.dreamt(x), x)
+
+
+def test_fiae_judges_codes_in_noise():
+    torch.manual_seed(0)
+    model = FIAE.for_images(MNIST, 4, 3, prior="categorical", code_noise=0.3)
+    seen = []
+    model.reconstruction_discriminator.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    x = torch.rand(500, *MNIST)
+    with torch.no_grad():
+        outputs = z, x_hat, z_hat = model(x)
+        model.discriminator_losses(x, *outputs)
+        model.autoencoder_losses(x, *outputs)
+    for code, clean in zip(seen, (z, z_hat, z_hat)):
+        assert (code - clean).std().item() == pytest.approx(0.3, rel=0.1)
 
 
 def test_infogan_loss_is_gaussian_nll():

@@ -84,11 +84,13 @@ DETERMINISTIC = dict(regularization_weight=1.0, rates=(3e-4, 1e-3, 5e-4, 5e-4))
 CATEGORICAL = dict(regularization_penalty=0.3, regularization_weight=100.0, code_noise=0.3, agreement_weight=1.0,
                    rates=(1e-3, 1e-3, 2e-4, 2e-3))
 # Where the model is flipped, D(x) is a plain GAN's: InfoGAN's settings, and D(x, z) as fast as the recognition network.
-FLIPPED = dict(regularization_penalty=0.0, regularization_weight=1.0, beta1=0.5, rates=(1e-3, 1e-3, 1e-3, 2e-4))
+FLIPPED = dict(regularization_penalty=0.0, regularization_weight=1.0, reconstruction_weight=0.1, beta1=0.5,
+               rates=(1e-3, 1e-3, 1e-3, 2e-4))
 FLIPPED_CATEGORICAL = dict(FLIPPED, reconstruction_weight=0.3, code_noise=0.3, agreement_weight=1.0, local_scale=0.5)
 CHOICES = {
     "model": ("iae", "fiae", "infogan"), "prior": ("gaussian", "categorical"), "objective": ("gan", "paired", "kl"),
-    "conditioning": ("dependent", "invariant", "projection"), "recipe": tuple(RECIPES), "precision": ("auto", "float32", "bf16"),
+    "conditioning": ("dependent", "invariant", "projection"), "recipe": tuple(RECIPES),
+    "precision": ("auto", "float32", "bf16"),
 }
 PROJECT, FORMAT = "implicit-autoencoders", 4  # what a checkpoint says it is
 SAVE_SECONDS = 120  # between checkpoints
@@ -247,6 +249,8 @@ def train_step(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Te
             group["lr"].fill_(falling * group["rate"])
         else:
             group["lr"] = falling * group["rate"]
+    if isinstance(run.model, FIAE):
+        run.model.progress.fill_(1 - left)
     if settings["capture"] and run.captured is None:
         run.captured = Captured(run, x, labelled)
     losses = run.captured(x, labelled) if run.captured else update(run, x, labelled)
@@ -791,7 +795,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
         help="p(z); categorical: --global is the number of clusters (%(default)s)")
     add("--conditioning", choices=CHOICES["conditioning"],
         help="how D(x, z) sees z, Appendix D.1 (location-dependent for a Gaussian code, -invariant for a categorical; "
-             "projection for the fiae's categorical)")
+             "fiae: projection)")
     add("--no-regularization", action="store_true",
         help="drop KL(q(z) || p(z)), cases 1 and 3; samples come from a Gaussian fitted to q(z)")
     add("--euclidean", action="store_true", help="squared error in place of the reconstruction GAN; case 2: the AAE")
@@ -805,7 +809,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--reconstruction-weight", type=float, metavar="WEIGHT", help="of the reconstruction GAN in what is descended")
     add("--regularization-weight", type=float, metavar="WEIGHT", help="of the regularization GAN in what is descended")
     add("--regularization-steps", type=int, metavar="K", help="of the IAE's D(z) for each step of the others")
-    add("--code-noise", type=float, metavar="DEVIATION", help="of the noise in which the IAE's D(z), the FIAE's D(x, z) see codes")
+    add("--code-noise", type=float, metavar="DEVIATION",
+        help="of the noise in which the IAE's D(z), the FIAE's D(x, z) see codes")
     add("--agreement-weight", type=float, metavar="WEIGHT", help="of agreement on deformed images (categorical)")
     add("--local-scale", type=float, metavar="FACTOR", help="of the decoder's initial weights of n")
     add("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help="in the reconstruction discriminator")
@@ -963,8 +968,8 @@ def settings_of(args: argparse.Namespace, data: dict) -> dict:
         if settings[name] is None:
             settings[name] = value
     settings["rates"] = list(settings["rates"])
-    of_categories = "invariant" if args.model == "iae" else "projection"
-    settings["conditioning"] = args.conditioning or ("dependent" if args.prior == "gaussian" else of_categories)
+    d1 = "dependent" if args.prior == "gaussian" else "invariant"  # Appendix D.1's choice
+    settings["conditioning"] = args.conditioning or (d1 if args.model == "iae" else "projection")
     settings["device"] = str(pick_device(args.device))
     settings["precision"] = pick_precision(args.precision, torch.device(settings["device"]))
     settings["capture"] = args.capture and settings["device"].startswith("cuda")
