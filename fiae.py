@@ -180,11 +180,13 @@ class InfoGAN(FIAE):
     @classmethod
     def for_images(cls, shape: tuple[int, int, int], global_size: int, local_size: int, prior: str = "gaussian",
                    batch_norm: bool = True, local_scale: float = 1.0, **options) -> "InfoGAN":
-        """As FIAE.for_images, with the same generator and D(x); the recognition network ends in its linear layer."""
+        """As FIAE.for_images, with the same generator, D(x) and recognition network, which ends before the softmax."""
         if local_size < 0 or global_size < 1:
             raise ValueError("code sizes: the latent code needs at least 1, the local size at least 0")
         recognition = Encoder(shape, 2 * global_size if prior == "gaussian" else global_size, prior=prior)
-        recognition.norm, recognition.scale, recognition.last = nn.Identity(), 1.0, nn.Identity()
+        recognition.last = nn.Identity()
+        if prior == "gaussian":  # mean and deviation are free; logits keep the BatchNorm that holds clusters in use
+            recognition.norm, recognition.scale = nn.Identity(), 1.0
         return cls(Decoder(shape, global_size, local_size, local_scale), recognition, None,
                    JointDiscriminator(shape, 0, batch_norm=batch_norm), shape=shape, global_size=global_size,
                    local_size=local_size, prior=prior, **options)

@@ -83,6 +83,8 @@ DETERMINISTIC = dict(regularization_weight=1.0, rates=(3e-4, 1e-3, 5e-4, 5e-4))
 # And under a categorical prior: what a cluster is must be said, and D(z) must not win by the corners of the simplex.
 CATEGORICAL = dict(regularization_penalty=0.3, regularization_weight=100.0, code_noise=0.3, agreement_weight=1.0,
                    rates=(1e-3, 1e-3, 2e-4, 2e-3))
+# With labels, which hold every cluster in its place, the regularization is better gentle (README, "Discrete codes").
+LABELLED = dict(regularization_penalty=1.0, regularization_weight=10.0)
 # Where the model is flipped, D(x) is a plain GAN's: InfoGAN's settings, and D(x, z) as fast as the recognition network.
 FLIPPED = dict(regularization_penalty=0.0, regularization_weight=1.0, reconstruction_weight=0.1, beta1=0.5,
                rates=(1e-3, 1e-3, 1e-3, 2e-4))
@@ -964,6 +966,7 @@ def settings_of(args: argparse.Namespace, data: dict) -> dict:
         recipe |= FLIPPED_CATEGORICAL if args.prior == "categorical" else FLIPPED
     elif args.recipe == "stable":
         recipe |= (DETERMINISTIC if args.local == 0 else {}) | (CATEGORICAL if args.prior == "categorical" else {})
+        recipe |= LABELLED if args.labels else {}
     for name, value in recipe.items():
         if settings[name] is None:
             settings[name] = value
