@@ -68,8 +68,9 @@ def deform(x: Tensor) -> Tensor:
 
     By up to 15 degrees, .3, a factor e^.15 and a tenth of the side; pixels of the border fill what opens beyond it.
     """
-    most = torch.tensor([0.26, 0.3, 0.15, 0.15, 0.2, 0.2], device=x.device)  # radians, shear, logs, half sides
-    turn, shear, wide, high, right, down = most[:, None] * (2 * torch.rand(6, len(x), device=x.device) - 1)  # (batch,)
+    draws = 2 * torch.rand(6, len(x), device=x.device) - 1
+    most = 0.26, 0.3, 0.15, 0.15, 0.2, 0.2  # radians, shear, logs, half sides; numbers, as a CUDA graph copies none
+    turn, shear, wide, high, right, down = (limit * row for limit, row in zip(most, draws))  # (batch,) each
     cos, sin, wide, high = turn.cos(), turn.sin(), wide.exp(), high.exp()
     maps = torch.stack([cos * wide, (shear - sin) * wide, right, sin * high, cos * high, down], 1)
     grid = F.affine_grid(maps.view(-1, 2, 3), list(x.shape), align_corners=False)  # (batch, height, width, 2)

@@ -4,6 +4,7 @@ Appendix D.2 counted by hand, the scripts by running them on data that the tests
 import ast
 import collections
 import contextlib
+import copy
 import functools
 import gzip
 import hashlib
@@ -1180,6 +1181,52 @@ def a_run(digits, *options):
     args, _ = train.parse([str(a) for a in ("--dataset", digits, *TINY, "--steps", 80, *options)])
     loaded = train.load_dataset(digits, ".", 0, "cpu")
     return train.Run(train.settings_of(args, loaded)), loaded
+
+
+def steps_of(run, loaded, count):
+    """The losses of `count` training steps, a dict of numbers each."""
+    found = []
+    for _ in range(count):
+        rows = data.batch_indices(len(loaded["train"].x), 8, run.step, 0).to(run.device)
+        losses = train.train_step(run, iae.to_range(loaded["train"].x[rows], run.model.shape))
+        found.append({name: loss.item() for name, loss in losses.items()})
+    return found
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_what_a_warm_up_moves_is_put_back_in_place(first, digits):
+    """As a CUDA graph needs it: `Run.restore` after some updates, and the run goes on as if they had not been."""
+    expected = steps_of(*a_run(digits), first + 2)
+    other, loaded = a_run(digits)  # the same seed
+    found = steps_of(other, loaded, first)
+    before, places = copy.deepcopy(other.state_dict()), [p.data_ptr() for p in other.model.parameters()]
+    for _ in range(3):
+        train.update(other, torch.rand(8, *other.model.shape))
+    assert not torch.equal(other.model.decoder.fc[0].weight, before["model"]["decoder.fc.0.weight"])
+    other.restore(before)
+    assert found + steps_of(other, loaded, 2) == expected
+    assert places == [p.data_ptr() for p in other.model.parameters()]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("options", [
+    (), ("--recipe", "paper"), ("--global", 0, "--noise", 0), ("--prior", "categorical"),
+    ("--model", "fiae"), ("--model", "fiae", "--prior", "categorical"),
+    ("--model", "infogan", "--noise", 0, "--prior", "categorical")])
+def test_captured_steps_are_those_of_the_eager_path(options, digits):
+    ends, losses = [], []
+    for capture in ("--capture", "--no-capture"):
+        tiny = [a for a in TINY if options[:2] != ("--model", "infogan") or a not in ("--conditioning", "invariant")]
+        args, _ = train.parse([str(a) for a in ("--dataset", digits, *tiny, "--steps", 80, *options, capture)])
+        loaded = train.load_dataset(digits, ".", 0, "cuda")
+        run = train.Run(train.settings_of(args, loaded))
+        losses.append(steps_of(run, loaded, 5))
+        assert (run.captured is not None) == (capture == "--capture")
+        ends.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
+    start = torch.cat([p.detach().flatten() for p in train.Run(run.settings).model.parameters()])
+    for one, other in zip(*losses):
+        assert one == pytest.approx(other, rel=2e-3, abs=2e-3)
+    assert (ends[0] - ends[1]).norm() < 0.05 * (ends[1] - start).norm()
 
 
 class Blind(nn.Module):
