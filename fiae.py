@@ -35,10 +35,10 @@ class FIAE(nn.Module):
 
     prior, objective ("paired": the rows of both pairs share x_hat) and the penalties: as in iae.IAE. positive_gradient
     moves the generator through the positive pair too. Figure 10 has local_size = noise_size = 0.
-    Not in the paper: augment shows D(x) `augmented` images; code_noise of D(x, z)'s `blurred` codes; for a categorical z
-    with an agreement_weight the recognition network sees x_hat deformed, and descends `agreement_loss` on the data. The
-    latter weighs agreement_weight times `progress`, which the training loop moves from 0 to 1: while dreams look unlike
-    data, it would form clusters of the data that are not the dreams'.
+    Not in the paper: augment shows D(x) `augmented` images; code_noise of D(x, z)'s `blurred` codes; for a categorical
+    z with an agreement_weight the recognition network sees x_hat deformed, and descends `agreement_loss` on the data.
+    The latter weighs agreement_weight times `progress`, which the training loop moves from 0 to 1: while dreams look
+    unlike data, it would form clusters of the data that are not the dreams'.
     """
 
     def __init__(self, generator: nn.Module, recognition: nn.Module | None,
