@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, OneHotCategorical
 
-from iae import (Decoder, Encoder, JointDiscriminator, agreement_loss, augmented, blurred, deform, discriminate,
-                 generator_loss, sample_prior)
+from iae import (Decoder, Encoder, JointDiscriminator, agreement_loss, blurred, deform, discriminate, generator_loss,
+                 sample_prior)
 
 
 class FIAE(nn.Module):
@@ -35,10 +35,10 @@ class FIAE(nn.Module):
 
     prior, objective ("paired": the rows of both pairs share x_hat) and the penalties: as in iae.IAE. positive_gradient
     moves the generator through the positive pair too. Figure 10 has local_size = noise_size = 0.
-    Not in the paper: augment shows D(x) `augmented` images; code_noise of D(x, z)'s `blurred` codes; for a categorical
-    z with an agreement_weight the recognition network sees x_hat deformed, and descends `agreement_loss` on the data.
-    The latter weighs agreement_weight times `progress`, which the training loop moves from 0 to 1: while dreams look
-    unlike data, it would form clusters of the data that are not the dreams'.
+    Not in the paper, for a categorical z: code_noise of D(x, z)'s `blurred` codes; with an agreement_weight the
+    recognition network sees x_hat deformed, and descends `agreement_loss` on the data. The latter weighs
+    agreement_weight times `progress`, which the training loop moves from 0 to 1: while dreams look unlike data, it
+    would form clusters of the data that are not the dreams'.
     """
 
     def __init__(self, generator: nn.Module, recognition: nn.Module | None,
@@ -47,7 +47,7 @@ class FIAE(nn.Module):
                  prior: str = "gaussian", objective: str = "gan", penalty: float = 0.0,
                  regularization_penalty: float | None = None, positive_gradient: bool = False,
                  reconstruction_weight: float = 1.0, regularization_weight: float = 1.0,
-                 agreement_weight: float = 0.0, code_noise: float = 0.0, augment: bool = False):
+                 agreement_weight: float = 0.0, code_noise: float = 0.0):
         super().__init__()
         self.generator, self.recognition = generator, recognition
         self.reconstruction_discriminator = reconstruction_discriminator
@@ -57,7 +57,7 @@ class FIAE(nn.Module):
         self.objective, self.penalty, self.positive_gradient = objective, penalty, positive_gradient
         self.reconstruction_weight, self.regularization_weight = reconstruction_weight, regularization_weight
         self.regularization_penalty = penalty if regularization_penalty is None else regularization_penalty
-        self.agreement_weight, self.code_noise, self.augment = agreement_weight, code_noise, augment
+        self.agreement_weight, self.code_noise = agreement_weight, code_noise
         self.register_buffer("progress", torch.ones(()))
 
     @classmethod
@@ -133,7 +133,6 @@ class FIAE(nn.Module):
                 self.reconstruction_discriminator, real=(x_hat, blurred(z, self.code_noise)),
                 fake=(x_hat, blurred(z_hat, self.code_noise)), objective=self.objective,
                 penalty=self.penalty)
-        x, x_hat = augmented(x, x_hat.detach()) if self.augment else (x, x_hat)
         # x and x_hat share nothing row by row, so "paired" has no meaning here: Eq. 1 takes its place.
         losses["regularization_discriminator"] = discriminate(
             self.regularization_discriminator, real=(x,), fake=(x_hat,),
@@ -150,7 +149,7 @@ class FIAE(nn.Module):
         losses = {}
         if self.recognition is not None:
             losses["reconstruction"] = self.reconstruction_weight * self.reconstruction_loss(z, x_hat, z_hat)
-        fake = self.regularization_discriminator(deform(x_hat) if self.augment else x_hat)
+        fake = self.regularization_discriminator(x_hat)
         objective = "gan" if self.objective == "paired" else self.objective
         losses["regularization"] = self.regularization_weight * generator_loss(None, fake, objective)
         if self.agreement_weight:

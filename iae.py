@@ -77,15 +77,6 @@ def deform(x: Tensor) -> Tensor:
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def augmented(*images: Tensor) -> tuple[Tensor, ...]:
-    """Batches of images (batch, channels, height, width), row by row under one and the same random `deform`.
-
-    What a discriminator is shown in place of few images, real and generated alike (Zhao et al. 2020, DiffAugment): it
-    cannot learn them by heart, and what is generated does not come out deformed.
-    """
-    return deform(torch.cat(images, 1)).chunk(len(images), 1)
-
-
 def conv(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
     """Halves the sides exactly: stride 2 with SAME padding (Appendix D.2)."""
     return nn.Conv2d(inputs, outputs, kernel, stride=2, padding=(kernel - 2) // 2)
@@ -193,9 +184,8 @@ class JointDiscriminator(nn.Module):
     """The reconstruction GAN's D(x, z), Appendix D.2's third column; with code_size 0 the D(x) of a plain GAN.
 
     x (batch, *shape), z (batch, code_size) or None. Returns logits (batch,): log D / (1 - D), large where real.
-    The code is an adaptive bias of the first layer (D.1), added before its BatchNorm and ReLU. Not in the paper: in the
-    last layer, conditioning "projection", logits psi(x) + z . phi(x) (Miyato and Koyama 2018), and for a Gaussian code
-    "distance", psi(x) - |z - phi(x)|^2 / 2, which also says where z should stop.
+    The code is an adaptive bias of the first layer (D.1), added before its BatchNorm and ReLU. Not in the paper:
+    conditioning "projection", logits psi(x) + z . phi(x) from the last layer (Miyato and Koyama 2018).
     """
 
     def __init__(self, shape: tuple[int, int, int], code_size: int, conditioning: str = "dependent",
@@ -205,9 +195,9 @@ class JointDiscriminator(nn.Module):
         widths, kernel = layout["channels"], layout["kernel"]
         self.first = conv(channels, widths[0], kernel)
         height, width = height // 2, width // 2
-        self.last = conditioning if code_size and conditioning in ("projection", "distance") else None
+        self.projection = conditioning == "projection" and code_size > 0
         self.condition = None
-        if code_size and not self.last:
+        if code_size and not self.projection:
             condition = {"dependent": LocationDependent, "invariant": LocationInvariant}[conditioning]
             self.condition = condition(code_size, widths[0], height, width)
         norm2d, norm1d = (nn.BatchNorm2d, nn.BatchNorm1d) if batch_norm else (nn.Identity, nn.Identity)
@@ -218,18 +208,15 @@ class JointDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
         size, hidden = widths[-1] * height * width, layout["hidden"]
         fc = [nn.Linear(size, hidden), norm1d(hidden), nn.ReLU()] if hidden else []
-        self.fc = nn.Sequential(*fc, nn.Linear(hidden or size, 1 + code_size * bool(self.last)))
+        self.fc = nn.Sequential(*fc, nn.Linear(hidden or size, 1 + code_size * self.projection))
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         h = self.first(x)  # (batch, channels, height / 2, width / 2)
         if self.condition is not None:
             h = h + self.condition(z)
         h = self.layers(h).permute(0, 2, 3, 1).flatten(1)  # channels last, the layout of the memory: no copy
-        h = self.fc(h).float()  # (batch, 1), with a projection or distance (batch, 1 + code_size)
-        if not self.last:
-            return h.squeeze(1)  # (batch,)
-        psi, phi = h[:, 0], h[:, 1:]
-        return psi + ((z * phi).sum(1) if self.last == "projection" else -0.5 * (z - phi).square().sum(1))  # (batch,)
+        h = self.fc(h).float()  # (batch, 1), with a projection (batch, 1 + code_size)
+        return h[:, 0] + (z * h[:, 1:]).sum(1) if self.projection else h.squeeze(1)  # (batch,)
 
 
 class CodeDiscriminator(nn.Module):
@@ -331,8 +318,7 @@ class IAE(nn.Module):
     GAN by the Euclidean cost (with regularization: the AAE); regularization_discriminator None drops KL(q(z) || p(z)).
 
     Section 2's cases: 1 local_size 0 without regularization, 2 local_size 0, 3 without regularization, 4 as it is.
-    Not in the paper: augment shows D(x, z) `augmented` images; for a categorical z agreement_weight of
-    `agreement_loss`, code_noise of D(z)'s `blurred` codes.
+    Not in the paper, for a categorical z: agreement_weight of `agreement_loss`, code_noise of D(z)'s `blurred` codes.
     """
 
     def __init__(self, encoder: nn.Module | None, decoder: nn.Module, reconstruction_discriminator: nn.Module | None,
@@ -340,7 +326,7 @@ class IAE(nn.Module):
                  local_size: int, noise_size: int = 0, prior: str = "gaussian", objective: str = "gan",
                  penalty: float = 0.0, regularization_penalty: float | None = None, positive_gradient: bool = False,
                  reconstruction_weight: float = 1.0, regularization_weight: float = 1.0,
-                 agreement_weight: float = 0.0, code_noise: float = 0.0, augment: bool = False):
+                 agreement_weight: float = 0.0, code_noise: float = 0.0):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.reconstruction_discriminator = reconstruction_discriminator
@@ -350,7 +336,7 @@ class IAE(nn.Module):
         self.objective, self.penalty, self.positive_gradient = objective, penalty, positive_gradient
         self.reconstruction_weight, self.regularization_weight = reconstruction_weight, regularization_weight
         self.regularization_penalty = penalty if regularization_penalty is None else regularization_penalty
-        self.agreement_weight, self.code_noise, self.augment = agreement_weight, code_noise, augment
+        self.agreement_weight, self.code_noise = agreement_weight, code_noise
         self.register_buffer("fitted_mean", torch.zeros(global_size))  # of `fit_gaussian`
         self.register_buffer("fitted_factor", torch.eye(global_size))
 
@@ -435,7 +421,6 @@ class IAE(nn.Module):
         """What the two discriminators descend, for data x and the model's (z_hat, x_hat): all constants here."""
         losses = {}
         if self.reconstruction_discriminator is not None:
-            x, x_hat = augmented(x, x_hat.detach()) if self.augment else (x, x_hat)
             losses["reconstruction_discriminator"] = discriminate(
                 self.reconstruction_discriminator, real=(x, z_hat), fake=(x_hat, z_hat),
                 objective=self.objective, penalty=self.penalty)
@@ -461,13 +446,12 @@ class IAE(nn.Module):
         if self.reconstruction_discriminator is None:  # -log p(x|z) of a unit Gaussian, as in the AAE
             loss = 0.5 * (x - x_hat).pow(2).flatten(1).sum(1).mean()
         else:
-            seen, seen_hat = augmented(x, x_hat) if self.augment else (x, x_hat)
-            fake, real = self.reconstruction_discriminator(seen_hat, z_hat), None
+            fake, real = self.reconstruction_discriminator(x_hat, z_hat), None
             if self.positive_gradient:
-                real = self.reconstruction_discriminator(seen, z_hat)
+                real = self.reconstruction_discriminator(x, z_hat)
             elif self.objective == "paired":
                 with torch.no_grad():
-                    real = self.reconstruction_discriminator(seen, z_hat)
+                    real = self.reconstruction_discriminator(x, z_hat)
             loss = generator_loss(real, fake, self.objective)
         losses["reconstruction"] = self.reconstruction_weight * loss
         if self.regularization_discriminator is not None:

@@ -55,7 +55,6 @@ RECIPES = {
         code_noise=0.0,  # deviation of the noise in which the IAE's D(z), the FIAE's D(x, z) sees codes
         agreement_weight=0.0,  # of the probability that a deformed image gets the same code
         local_scale=1.0,  # of the decoder's initial weights of n
-        augment=False,  # deform what the discriminator of images sees
         batch_norm=True,  # in the reconstruction discriminator
         beta1=0.5,  # of Adam
         rates=(1e-3, 1e-3, 2e-4, 2e-4),  # Adam's, of encoder, decoder, reconstruction and regularization discriminator
@@ -72,7 +71,6 @@ RECIPES = {
         code_noise=0.0,
         agreement_weight=0.0,
         local_scale=1.0,
-        augment=False,
         batch_norm=True,
         beta1=0.0,
         rates=(1e-4, 1e-3, 2e-4, 5e-4),
@@ -85,18 +83,18 @@ DETERMINISTIC = dict(regularization_weight=1.0, rates=(3e-4, 1e-3, 5e-4, 5e-4))
 # And under a categorical prior: what a cluster is must be said, and D(z) must not win by the corners of the simplex.
 CATEGORICAL = dict(regularization_penalty=0.3, regularization_weight=100.0, code_noise=0.3, agreement_weight=1.0,
                    rates=(1e-3, 1e-3, 2e-4, 2e-3))
-# With labels, which hold every cluster in its place, the regularization is better gentle (README, "Discrete codes").
-LABELLED = dict(regularization_penalty=1.0, regularization_weight=10.0)
+# With labels, which hold every cluster in its place, both GANs are better gentle with it (README, "Discrete codes").
+LABELLED = dict(regularization_penalty=1.0, regularization_weight=10.0, reconstruction_weight=0.1)
 # Where the model is flipped, D(x) is a plain GAN's: InfoGAN's settings, and D(x, z) as fast as the recognition network.
 FLIPPED = dict(regularization_penalty=0.0, regularization_weight=1.0, reconstruction_weight=0.1, beta1=0.5,
                rates=(1e-3, 1e-3, 1e-3, 2e-4))
 FLIPPED_CATEGORICAL = dict(FLIPPED, reconstruction_weight=0.3, code_noise=0.3, agreement_weight=1.0, local_scale=0.5)
 CHOICES = {
     "model": ("iae", "fiae", "infogan"), "prior": ("gaussian", "categorical"), "objective": ("gan", "paired", "kl"),
-    "conditioning": ("dependent", "invariant", "projection", "distance"), "recipe": tuple(RECIPES),
+    "conditioning": ("dependent", "invariant", "projection"), "recipe": tuple(RECIPES),
     "precision": ("auto", "float32", "bf16"),
 }
-PROJECT, FORMAT = "implicit-autoencoders", 5  # what a checkpoint says it is
+PROJECT, FORMAT = "implicit-autoencoders", 4  # what a checkpoint says it is
 SAVE_SECONDS = 120  # between checkpoints
 JUDGED_STEPS = 400  # a discriminator or code that shows nothing by then is named in the log
 
@@ -106,7 +104,7 @@ def build_model(settings: dict) -> IAE | FIAE:
     sizes = tuple(settings["shape"]), settings["global"], settings["local"]
     options = {name: settings[name] for name in (
         "prior", "batch_norm", "objective", "penalty", "regularization_penalty", "reconstruction_weight",
-        "regularization_weight", "positive_gradient", "agreement_weight", "code_noise", "local_scale", "augment")}
+        "regularization_weight", "positive_gradient", "agreement_weight", "code_noise", "local_scale")}
     if settings["model"] == "infogan":
         return InfoGAN.for_images(*sizes, **options)
     options.update(noise_size=settings["noise"], conditioning=settings["conditioning"])
@@ -817,8 +815,6 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
         help="of the noise in which the IAE's D(z), the FIAE's D(x, z) see codes")
     add("--agreement-weight", type=float, metavar="WEIGHT", help="of agreement on deformed images (categorical)")
     add("--local-scale", type=float, metavar="FACTOR", help="of the decoder's initial weights of n")
-    add("--augment", action=argparse.BooleanOptionalAction, default=None,
-        help="show the discriminator of images deformed ones, real and generated alike: for small data sets")
     add("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help="in the reconstruction discriminator")
     add("--rates", type=float, nargs=4, metavar=("F", "G", "DX", "DZ"),
         help="learning rates of encoder, decoder, reconstruction and regularization discriminator")
