@@ -789,10 +789,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--model", default="iae", choices=CHOICES["model"],
         help="iae: Section 2; fiae: the flipped one of Section 3; infogan: its baseline (%(default)s)")
     add("--global", type=int, default=10, metavar="SIZE", help="of the global code z; 0: a plain GAN (%(default)s)")
-    add("--local", type=int, default=100, metavar="SIZE",
-        help="of the local code n; 0: a deterministic decoder (%(default)s)")
-    add("--noise", type=int, default=0, metavar="SIZE",
-        help="of the encoder's (FIAE: recognition network's) noise eps; 0: deterministic (%(default)s)")
+    add("--local", type=int, default=100, metavar="SIZE", help="of the local code n; 0: deterministic (%(default)s)")
+    add("--noise", type=int, default=0, metavar="SIZE", help="of the encoder's noise eps; 0: none (%(default)s)")
     add("--prior", default="gaussian", choices=CHOICES["prior"],
         help="p(z); categorical: --global is the number of clusters (%(default)s)")
     add("--conditioning", choices=CHOICES["conditioning"],
@@ -836,13 +834,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--seeds", type=int, nargs="+", metavar="SEED",
         help="a run for each under --out, then their mean and deviation; the same command goes on where it was cut off")
     add("--labels", type=int, default=0, metavar="N",
-        help="semi-supervised: N class-balanced training labels (categorical prior) (%(default)s)")
+        help="semi-supervised (categorical prior): N class-balanced training labels (%(default)s)")
     add("--label-seed", type=int, metavar="SEED", help="of the draw of these labels (that of the run)")
     add("--validation", type=int, default=0, metavar="N",
         help="hold N training images out and measure on them, not on the test set: for choosing settings (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    add("--precision", default="auto", choices=CHOICES["precision"],
-        help="auto: bf16 where the hardware has it (%(default)s)")
+    add("--precision", default="auto", choices=CHOICES["precision"], help="auto: bf16 where it is fast (%(default)s)")
     add("--capture", action=argparse.BooleanOptionalAction, default=True,
         help="on CUDA, replay the update as one CUDA graph; --no-capture: step by step (%(default)s)")
     add("--out", help="the run's folder (runs/DATASET-GLOBAL-LOCAL-NUMBER)")
