@@ -90,7 +90,7 @@ class InputError(Exception):
 class Images(NamedTuple):
     """x: uint8 (N, channels, height, width) in 0..255.
 
-    y: int64 (N,) labels from 0 on; for CelebA uint8 (N, attributes) of 0 and 1; None where there are none.
+    y: int64 (N,) labels from 0 on; or uint8 (N, attributes) of 0 and 1, as CelebA's; None where there are none.
     names: of the labels (a folder's) or of the attributes; empty where they have none.
     """
 
@@ -487,7 +487,7 @@ def load_npz(path: Path) -> tuple[Images, Images]:
     """(train, test) of an `.npz` file; the test part is a tenth of it (at least one image), always the same one.
 
     The file holds x, uint8 of shape (N, H, W), (N, H, W, 1) or (N, H, W, 3), and may hold y, N integer labels from
-    0 to MOST_LABEL. Pickled objects are refused. Raises InputError.
+    0 to MOST_LABEL, or of shape (N, attributes), 0 or 1. Pickled objects are refused. Raises InputError.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; give the path of an .npz file that holds the images as x")
@@ -504,14 +504,17 @@ def load_npz(path: Path) -> tuple[Images, Images]:
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[3:] not in ((), (1,), (3,)) or 0 in x.shape[1:]:
         wanted = "uint8 of shape (N, H, W), (N, H, W, 1) or (N, H, W, 3)"
         raise InputError(f"{path}: x is {x.dtype} of shape {x.shape}; it must be {wanted}")
-    if y is not None and (y.dtype.kind not in "iu" or y.shape != (len(x),)):
-        raise InputError(f"{path}: y is {y.dtype} of shape {y.shape}; it must be integers of shape ({len(x)},)")
+    if y is not None and (y.dtype.kind not in "iu" or y.ndim not in (1, 2) or len(y) != len(x) or y.shape[1:] in ((0,), (1,))):
+        raise InputError(f"{path}: y is {y.dtype} of shape {y.shape}; it must be integers of shape ({len(x)},), or "
+                         f"({len(x)}, attributes)")
+    most = 1 if y is not None and y.ndim == 2 else MOST_LABEL
     for label in () if y is None or not len(y) else (y.min(), y.max()):
-        if not 0 <= label <= MOST_LABEL:
-            raise InputError(f"{path}: y holds {label}; labels are 0, 1, 2, ... (at most {MOST_LABEL})")
+        if not 0 <= label <= most:
+            raise InputError(f"{path}: y holds {label}; labels are 0, 1, 2, ... (at most {MOST_LABEL}), attributes 0 "
+                             "or 1")
     x = x if x.ndim == 4 else x[..., None]
     x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-    y = None if y is None else torch.from_numpy(y.astype(np.int64))
+    y = None if y is None else torch.from_numpy(y.astype(np.int64 if y.ndim == 1 else np.uint8))
     return with_test_part(Images(torch.from_numpy(x), y), path)
 
 

@@ -450,13 +450,16 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
             numbers["frechet_reconstructions"] = frechet_distance(features, real)
         y = test[1][:count].long()
         if y.dim() == 2:  # attributes of 0 and 1
-            kept = (classifier.last(features) > 0) == (y > 0) if z is not None else None
-            on_data = ((classifier.last(real) > 0) == (y > 0)).double().mean(0)
-            most = y.double().mean(0)
+            most, on_data = y.double().mean(0), ((classifier.last(real) > 0) == (y > 0)).double().mean(0)
+            kept = moved = [None] * y.shape[1]
+            if z is not None:
+                found, again = (classifier.last(those) > 0 for those in (
+                    features, classifier.features(draw(model, x_test)[1][0])))  # a second draw of n
+                kept, moved = (same.double().mean(0).tolist() for same in (found == (y > 0), found != again))
             numbers["attributes"] = [
-                {"attribute": names[i] if i < len(names) else str(i), "on_data": on_data[i].item(),
-                 "kept": kept[:, i].double().mean().item() if kept is not None else None,
-                 "by_chance": max(most[i].item(), 1 - most[i].item())} for i in range(y.shape[1])]
+                {"attribute": names[i] if i < len(names) else str(i), "on_data": on_data[i].item(), "kept": kept[i],
+                 "moved_by_n": moved[i], "by_chance": max(most[i].item(), 1 - most[i].item())}
+                for i in range(y.shape[1])]
             return numbers
 
         confidence, kind = classifier.last(fake).softmax(1).max(1)

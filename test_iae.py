@@ -560,6 +560,10 @@ def test_attributes_are_judged_one_by_one(tmp_path):
     assert [a["attribute"] for a in found] == ["red", "blue"] and all(a["on_data"] == 1 for a in found)
     share = y.double().mean(0)
     assert found[0]["kept"] == pytest.approx(share[0].item()) and found[1]["kept"] == pytest.approx(1 - share[1].item())
+    assert found[0]["moved_by_n"] == found[1]["moved_by_n"] == 0
+    model.decode = lambda z, n=None: keeps_red.expand(len(z), 3, 16, 16) * n[:, :1, None, None].sign()
+    found = metrics.evaluate(model.eval(), (x, y), data.Images(x, y, ("red", "blue")), judge, count=200)["attributes"]
+    assert found[0]["moved_by_n"] == pytest.approx(0.5, abs=0.15)
 
 
 def test_labels_are_drawn_evenly_and_apart_from_the_seed():
@@ -659,6 +663,14 @@ def test_colour_pictures_with_attributes_run(tmp_path):
     assert final["settings"]["data"]["train"]["images"] == 54 and final["metrics"]["outer_over_middle"] > 0
     np.savez(tmp_path / "colour.npz", x=rng.integers(0, 255, (60, 16, 16, 3), dtype=np.uint8), y=np.arange(60) % 2)
     run("--resume", out, "--steps", 3, expect=2)
+    x = rng.integers(0, 255, (60, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "two.npz", x=x, y=np.arange(120).reshape(60, 2) // 3 % 2)
+    run("--dataset", tmp_path / "two.npz", *COMMON, "--steps", 2, "--out", tmp_path / "two", "--data-dir", tmp_path)
+    found = json.loads((tmp_path / "two" / "final.json").read_text())["metrics"]["attributes"]
+    assert [a["attribute"] for a in found] == ["0", "1"]
+    for y in (np.full((60, 2), 2), np.zeros((60, 0), int), np.zeros((60, 2, 1), int)):
+        np.savez(tmp_path / "two.npz", x=x, y=y)
+        run("--dataset", tmp_path / "two.npz", *COMMON, "--steps", 2, "--out", tmp_path / "bad", expect=2)
 
 
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(digits, tmp_path, monkeypatch):
