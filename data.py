@@ -504,7 +504,8 @@ def load_npz(path: Path) -> tuple[Images, Images]:
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[3:] not in ((), (1,), (3,)) or 0 in x.shape[1:]:
         wanted = "uint8 of shape (N, H, W), (N, H, W, 1) or (N, H, W, 3)"
         raise InputError(f"{path}: x is {x.dtype} of shape {x.shape}; it must be {wanted}")
-    if y is not None and (y.dtype.kind not in "iu" or y.ndim not in (1, 2) or len(y) != len(x) or y.shape[1:] in ((0,), (1,))):
+    if y is not None and (y.dtype.kind not in "iu" or y.ndim not in (1, 2) or len(y) != len(x)
+                          or y.ndim == 2 and y.shape[1] < 2):
         raise InputError(f"{path}: y is {y.dtype} of shape {y.shape}; it must be integers of shape ({len(x)},), or "
                          f"({len(x)}, attributes)")
     most = 1 if y is not None and y.ndim == 2 else MOST_LABEL
