@@ -647,10 +647,12 @@ def test_train_writes_its_folder_and_the_model_can_be_used(digits, tmp_path, cap
                                      ("--model", "fiae", "--local", 0), ("--model", "infogan"),
                                      ("--model", "fiae", "--prior", "categorical", "--noise", 2, "--recipe", "paper"),
                                      ("--model", "infogan", "--prior", "categorical")])
-def test_every_case_of_sections_2_and_3_runs(options, digits, tmp_path):
-    cache = pathlib.Path(digits).parent
-    run("--dataset", digits, *COMMON, *options, "--steps", 2, "--out", tmp_path / "run", "--data-dir", cache)
-    assert json.loads((tmp_path / "run" / "final.json").read_text())["steps"] == 2
+def test_every_case_of_sections_2_and_3_runs_and_goes_on(options, digits, tmp_path):
+    cache, out = pathlib.Path(digits).parent, tmp_path / "run"
+    run("--dataset", digits, *COMMON, *options, "--steps", 2, "--out", out, "--data-dir", cache)
+    assert train.load_checkpoint(str(out)).sample(2).shape == (2, *SMALL)
+    run("--resume", out, "--steps", 3)
+    assert json.loads((out / "final.json").read_text())["steps"] == 3
 
 
 def test_colour_pictures_with_attributes_run(tmp_path):

@@ -569,7 +569,10 @@ def checked_settings(settings: dict) -> dict:
     def refuse(message):
         raise ValueError(message)
 
-    check(refuse, argparse.Namespace(**{**defaults, **found, "no_regularization": not found["regularization"]}))
+    given = {"no_regularization": not found["regularization"]}
+    if found["model"] == "infogan":  # which has none, though its settings name the default
+        given["conditioning"] = None
+    check(refuse, argparse.Namespace(**{**defaults, **found, **given}))
     return found
 
 
