@@ -764,8 +764,11 @@ def draw_votes(model: FIAE | IAE, x: torch.Tensor, folder: str) -> None:
 
 def draw_curves(folder: str) -> None:
     """curves.png: every logged loss over steps, from metrics.jsonl (at most about 1,000 points a curve)."""
-    with open(os.path.join(folder, "metrics.jsonl")) as file:
-        lines = [json.loads(line) for line in file]
+    try:
+        with open(os.path.join(folder, "metrics.jsonl")) as file:
+            lines = [json.loads(line) for line in file]
+    except OSError as error:
+        raise InputError(f"cannot read {folder} ({error.strerror}); its log is gone, start anew") from None
     lines = lines[:: max(1, len(lines) // 1000)]
     names = [name for name in lines[0] if name not in ("step", "seconds")] if lines else []
     figure, axes = plt.subplots(1, max(1, len(names)), figsize=(3.2 * max(1, len(names)), 2.6), squeeze=False)
