@@ -455,7 +455,7 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
             if z is not None:
                 found, again = (classifier.last(those) > 0 for those in (
                     features, classifier.features(draw(model, x_test)[1][0])))  # a second draw of n
-                kept, moved = (same.double().mean(0).tolist() for same in (found == (y > 0), found != again))
+                kept, moved = (those.double().mean(0).tolist() for those in (found == (y > 0), found != again))
             numbers["attributes"] = [
                 {"attribute": names[i] if i < len(names) else str(i), "on_data": on_data[i].item(), "kept": kept[i],
                  "moved_by_n": moved[i], "by_chance": max(most[i].item(), 1 - most[i].item())}

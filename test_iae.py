@@ -640,6 +640,11 @@ def test_train_writes_its_folder_and_the_model_can_be_used(digits, tmp_path, cap
     assert Image.open(tmp_path / "mine2.png").size == (40, (6 * 18 + 2) * 2)
 
 
+def test_a_log_that_is_gone_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="its log is gone"):
+        train.draw_curves(str(tmp_path / "gone"))
+
+
 @pytest.mark.parametrize("options", [("--recipe", "paper"), ("--local", 0, "--no-regularization"), ("--global", 0),
                                      ("--local", 0, "--euclidean"), ("--prior", "categorical", "--noise", 2),
                                      ("--positive-gradient", "--objective", "kl", "--penalty", 0.1, "--no-batch-norm"),
