@@ -39,6 +39,8 @@ class FIAE(nn.Module):
     recognition network sees x_hat deformed, and descends `agreement_loss` on the data. The latter weighs
     agreement_weight times `progress`, which the training loop moves from 0 to 1: while dreams look unlike data, it
     would form clusters of the data that are not the dreams'.
+    Not in the paper either: image_noise, the deviation of Gaussian noise in which the recognition network and D(x, z)
+    see x_hat (`blurred`), so that the generator cannot hide z in deviations of x that real images do not show.
     """
 
     def __init__(self, generator: nn.Module, recognition: nn.Module | None,
@@ -47,7 +49,7 @@ class FIAE(nn.Module):
                  prior: str = "gaussian", objective: str = "gan", penalty: float = 0.0,
                  regularization_penalty: float | None = None, positive_gradient: bool = False,
                  reconstruction_weight: float = 1.0, regularization_weight: float = 1.0,
-                 agreement_weight: float = 0.0, code_noise: float = 0.0):
+                 agreement_weight: float = 0.0, code_noise: float = 0.0, image_noise: float = 0.0):
         super().__init__()
         self.generator, self.recognition = generator, recognition
         self.reconstruction_discriminator = reconstruction_discriminator
@@ -57,7 +59,7 @@ class FIAE(nn.Module):
         self.objective, self.penalty, self.positive_gradient = objective, penalty, positive_gradient
         self.reconstruction_weight, self.regularization_weight = reconstruction_weight, regularization_weight
         self.regularization_penalty = penalty if regularization_penalty is None else regularization_penalty
-        self.agreement_weight, self.code_noise = agreement_weight, code_noise
+        self.agreement_weight, self.code_noise, self.image_noise = agreement_weight, code_noise, image_noise
         self.register_buffer("progress", torch.ones(()))
 
     @classmethod
@@ -122,17 +124,17 @@ class FIAE(nn.Module):
         return z, x_hat, self.encode(self.dreamt(x_hat)) if self.recognition is not None else None
 
     def dreamt(self, x_hat: Tensor) -> Tensor:
-        """x_hat as the recognition network sees it in training: deformed where there is an agreement_weight."""
-        return deform(x_hat) if self.agreement_weight else x_hat
+        """x_hat as the recognition network sees it in training: deformed with an agreement_weight, in image_noise."""
+        return blurred(deform(x_hat) if self.agreement_weight else x_hat, self.image_noise)
 
     def discriminator_losses(self, x: Tensor, z: Tensor, x_hat: Tensor, z_hat: Tensor | None) -> dict[str, Tensor]:
         """What the two discriminators descend, for data x and the model's (z, x_hat, z_hat): all constants here."""
         losses = {}
         if self.reconstruction_discriminator is not None:
+            seen = blurred(x_hat, self.image_noise)  # (batch, *shape), the same in both pairs
             losses["reconstruction_discriminator"] = discriminate(
-                self.reconstruction_discriminator, real=(x_hat, blurred(z, self.code_noise)),
-                fake=(x_hat, blurred(z_hat, self.code_noise)), objective=self.objective,
-                penalty=self.penalty)
+                self.reconstruction_discriminator, real=(seen, blurred(z, self.code_noise)),
+                fake=(seen, blurred(z_hat, self.code_noise)), objective=self.objective, penalty=self.penalty)
         # x and x_hat share nothing row by row, so "paired" has no meaning here: Eq. 1 takes its place.
         losses["regularization_discriminator"] = discriminate(
             self.regularization_discriminator, real=(x,), fake=(x_hat,),
@@ -160,6 +162,7 @@ class FIAE(nn.Module):
     def reconstruction_loss(self, z: Tensor, x_hat: Tensor, z_hat: Tensor) -> Tensor:
         """-log D(x_hat, z_hat): reaches the recognition network by z_hat, the generator by x_hat and through z_hat."""
         z, z_hat = blurred(z, self.code_noise), blurred(z_hat, self.code_noise)
+        x_hat = blurred(x_hat, self.image_noise)
         fake, real = self.reconstruction_discriminator(x_hat, z_hat), None
         if self.positive_gradient:
             real = self.reconstruction_discriminator(x_hat, z)

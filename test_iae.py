@@ -1341,6 +1341,7 @@ def test_many_steps_take_no_more_memory_or_time_a_step(digits, tmp_path, tiny, m
     (("--resume", "nowhere"), "nowhere"), (("--from", "nowhere", "--sample", 3), "nowhere"),
     (("--sample", 3), "--from"), (("--labels", 20), "--prior categorical"),
     (("--agreement-weight", 1), "--prior categorical"), (("--code-noise", -1), "--code-noise -1"),
+    (("--image-noise", -1), "--image-noise -1"),
     (("--seeds", 1, 1), "--seeds"),
     (("--labels", 7, "--prior", "categorical"), "--labels 7"), (("--seeds", 1, 2), "--out"),
     (("--model", "fiae", "--euclidean"), "--euclidean"), (("--model", "infogan", "--noise", 3), "--noise"),
@@ -2802,6 +2803,27 @@ def test_fiae_judges_codes_in_noise():
         model.autoencoder_losses(x, *outputs)
     for code, clean in zip(seen, (z, z_hat, z_hat)):
         assert (code - clean).std().item() == pytest.approx(0.3, rel=0.1)
+
+
+def test_fiae_sees_its_images_in_noise():
+    """image_noise: recognition network and D(x, z), whose pairs share x_hat, see it in noise; D(x) sees it clean."""
+    torch.manual_seed(0)
+    model = FIAE.for_images(MNIST, 4, 0, image_noise=0.2)
+    read, joint, judged = [], [], []
+    for network, seen in ((model.recognition, read), (model.reconstruction_discriminator, joint),
+                          (model.regularization_discriminator, judged)):
+        network.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
+    x = torch.rand(100, *MNIST)
+    with torch.no_grad():
+        outputs = z, x_hat, z_hat = model(x)
+        model.discriminator_losses(x, *outputs)
+        model.autoencoder_losses(x, *outputs)
+        model.encode(x)
+    assert len(read) == 2 and len(joint) == 3 and torch.equal(joint[0], joint[1])
+    for noisy in (read[0], joint[0], joint[2]):
+        assert (noisy - x_hat).std().item() == pytest.approx(0.2, rel=0.02)
+    assert not torch.equal(read[0], joint[0]) and torch.equal(read[1], x)  # in use there is no noise
+    assert torch.equal(judged[1], x_hat) and torch.equal(judged[2], x_hat)
 
 
 def test_infogan_loss_is_gaussian_nll():

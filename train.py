@@ -53,6 +53,7 @@ RECIPES = {
         regularization_weight=1.0,  # of the regularization GAN's
         regularization_steps=1,  # of the IAE's D(z), for each step of the others
         code_noise=0.0,  # deviation of the noise in which the IAE's D(z), the FIAE's D(x, z) sees codes
+        image_noise=0.0,  # and of that in which the FIAE's recognition network and D(x, z) see its images
         agreement_weight=0.0,  # of the probability that a deformed image gets the same code
         local_scale=1.0,  # of the decoder's initial weights of n
         batch_norm=True,  # in the reconstruction discriminator
@@ -69,6 +70,7 @@ RECIPES = {
         regularization_weight=10.0,
         regularization_steps=1,
         code_noise=0.0,
+        image_noise=0.0,
         agreement_weight=0.0,
         local_scale=1.0,
         batch_norm=True,
@@ -105,6 +107,8 @@ def build_model(settings: dict) -> IAE | FIAE:
     options = {name: settings[name] for name in (
         "prior", "batch_norm", "objective", "penalty", "regularization_penalty", "reconstruction_weight",
         "regularization_weight", "positive_gradient", "agreement_weight", "code_noise", "local_scale")}
+    if settings["model"] != "iae":
+        options["image_noise"] = settings["image_noise"]
     if settings["model"] == "infogan":
         return InfoGAN.for_images(*sizes, **options)
     options.update(noise_size=settings["noise"], conditioning=settings["conditioning"])
@@ -551,7 +555,7 @@ def checked_settings(settings: dict) -> dict:
         del kinds[name]
     found = {}
     for name, kind in kinds.items():
-        value = found[name] = settings.get(name, {"data": {}, **defaults}.get(name))
+        value = found[name] = settings.get(name, {"data": {}, **defaults, "image_noise": 0.0}.get(name))
         if value is None and name in ("out", "image_size"):
             continue
         if type(value) is not type(kind) and not (type(value) is int and type(kind) is float):
@@ -817,6 +821,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--regularization-steps", type=int, metavar="K", help="of the IAE's D(z) for each step of the others")
     add("--code-noise", type=float, metavar="DEVIATION",
         help="of the noise in which the IAE's D(z), the FIAE's D(x, z) see codes")
+    add("--image-noise", type=float, metavar="DEVIATION", help="the same for the FIAE's f and D(x, z), which see x_hat")
     add("--agreement-weight", type=float, metavar="WEIGHT", help="of agreement on deformed images (categorical)")
     add("--local-scale", type=float, metavar="FACTOR", help="of the decoder's initial weights of n")
     add("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help="in the reconstruction discriminator")
@@ -851,8 +856,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--out", help="the run's folder (runs/DATASET-GLOBAL-LOCAL-NUMBER)")
     add("--resume", metavar="RUN",
         help="go on with a run's folder or checkpoint; --epochs, --steps, --device and --data-dir may change")
-    add("--benchmark", action="store_true",
-        help="time this project's step beside the field's way and plain float32, in one table, and end")
+    add("--benchmark", action="store_true", help="a table: a step of ours, of the field's way, of plain float32")
 
     add = parser.add_argument_group("using a trained model").add_argument
     add("--from", metavar="RUN", help="a run's folder or checkpoint, with one of the following")
@@ -896,7 +900,7 @@ def check(error, args: argparse.Namespace) -> None:
         if not 0 < rate < 1:
             error(f"--rates {rate}: a learning rate must be above 0 and below 1")
     for name in ("penalty", "regularization_penalty", "reconstruction_weight", "regularization_weight", "code_noise",
-                 "agreement_weight", "local_scale"):
+                 "image_noise", "agreement_weight", "local_scale"):
         if sizes[name] is not None and not 0 <= sizes[name] < float("inf"):
             error(f"--{name.replace('_', '-')} {sizes[name]}: must be 0 or more")
     if args.agreement_weight and args.prior != "categorical":
