@@ -293,12 +293,13 @@ def agreement_loss(p: Tensor, q: Tensor) -> Tensor:
 
 
 def discriminate(discriminator: nn.Module, real: tuple, fake: tuple, objective: str = "gan",
-                 penalty: float = 0.0) -> Tensor:
+                 penalty: float = 0.0, code_penalty: float = 0.0) -> Tensor:
     """What `discriminator` descends: `discriminator_loss` and (penalty / 2) (R1 + R2), E |dD/dinputs|^2 on both sides.
 
     real, fake: tuples of the discriminator's inputs, (..., batch, *features) or None: constants here.
+    code_penalty: of (code_penalty / 2) E |dD/dz|^2, R1 on the real pair's last input alone, the code z.
     """
-    real = [part if part is None else part.detach().requires_grad_(penalty > 0) for part in real]
+    real = [part if part is None else part.detach().requires_grad_(penalty + code_penalty > 0) for part in real]
     fake = [part if part is None else part.detach().requires_grad_(penalty > 0) for part in fake]
     real_logits, fake_logits = discriminator(*real), discriminator(*fake)
     loss = discriminator_loss(real_logits, fake_logits, objective)
@@ -307,6 +308,9 @@ def discriminate(discriminator: nn.Module, real: tuple, fake: tuple, objective: 
         gradients = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
         squares = sum(g.float().pow(2).flatten(logits.dim()).sum(-1) for g in gradients)  # (..., batch)
         loss = loss + penalty / 2 * squares.mean()
+    if code_penalty and real[-1] is not None:
+        gradient = torch.autograd.grad(real_logits.sum(), real[-1], create_graph=True)[0]  # (..., batch, code_size)
+        loss = loss + code_penalty / 2 * gradient.float().pow(2).sum(-1).mean()
     return loss
 
 
@@ -318,7 +322,8 @@ class IAE(nn.Module):
     GAN by the Euclidean cost (with regularization: the AAE); regularization_discriminator None drops KL(q(z) || p(z)).
 
     Section 2's cases: 1 local_size 0 without regularization, 2 local_size 0, 3 without regularization, 4 as it is.
-    Not in the paper, for a categorical z: agreement_weight of `agreement_loss`, code_noise of D(z)'s `blurred` codes.
+    Not in the paper: code_penalty of D(x, z)'s gradient by the code (`discriminate`); for a categorical z
+    agreement_weight of `agreement_loss`, code_noise of D(z)'s `blurred` codes.
     """
 
     def __init__(self, encoder: nn.Module | None, decoder: nn.Module, reconstruction_discriminator: nn.Module | None,
@@ -326,7 +331,7 @@ class IAE(nn.Module):
                  local_size: int, noise_size: int = 0, prior: str = "gaussian", objective: str = "gan",
                  penalty: float = 0.0, regularization_penalty: float | None = None, positive_gradient: bool = False,
                  reconstruction_weight: float = 1.0, regularization_weight: float = 1.0,
-                 agreement_weight: float = 0.0, code_noise: float = 0.0):
+                 agreement_weight: float = 0.0, code_noise: float = 0.0, code_penalty: float = 0.0):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.reconstruction_discriminator = reconstruction_discriminator
@@ -336,7 +341,7 @@ class IAE(nn.Module):
         self.objective, self.penalty, self.positive_gradient = objective, penalty, positive_gradient
         self.reconstruction_weight, self.regularization_weight = reconstruction_weight, regularization_weight
         self.regularization_penalty = penalty if regularization_penalty is None else regularization_penalty
-        self.agreement_weight, self.code_noise = agreement_weight, code_noise
+        self.agreement_weight, self.code_noise, self.code_penalty = agreement_weight, code_noise, code_penalty
         self.register_buffer("fitted_mean", torch.zeros(global_size))  # of `fit_gaussian`
         self.register_buffer("fitted_factor", torch.eye(global_size))
 
@@ -423,7 +428,7 @@ class IAE(nn.Module):
         if self.reconstruction_discriminator is not None:
             losses["reconstruction_discriminator"] = discriminate(
                 self.reconstruction_discriminator, real=(x, z_hat), fake=(x_hat, z_hat),
-                objective=self.objective, penalty=self.penalty)
+                objective=self.objective, penalty=self.penalty, code_penalty=self.code_penalty)
         if self.regularization_discriminator is not None:
             losses["regularization_discriminator"] = self.regularization_discriminator_loss(z_hat)
         return losses

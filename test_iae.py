@@ -264,6 +264,21 @@ def test_gradient_penalty_of_a_linear_discriminator_in_closed_form():
     bare = iae.discriminate(Linear(), (x, z), (x + 1, z))
     with_penalty = iae.discriminate(Linear(), (x, z), (x + 1, z), penalty=0.1)
     assert (with_penalty - bare).item() == pytest.approx(0.1 / 2 * 2 * (4 * 9 + 3 * 4), rel=1e-4)
+    on_the_code = iae.discriminate(Linear(), (x, z), (x + 1, z), code_penalty=0.1)  # R1 on the real pair's z alone
+    assert (on_the_code - bare).item() == pytest.approx(0.1 / 2 * 3 * 4, rel=1e-4)
+
+
+def test_code_penalty_is_the_real_pairs_and_of_the_joint_discriminator_alone():
+    model = iae.IAE.for_images((1, 28, 28), 4, 2, conditioning="projection", batch_norm=False)
+    x = torch.rand(6, 1, 28, 28)
+    z_hat, x_hat = model(x)
+    bare = model.discriminator_losses(x, z_hat, x_hat)
+    model.code_penalty = 0.3
+    with_penalty, z = model.discriminator_losses(x, z_hat, x_hat), z_hat.detach().requires_grad_()
+    by_code = torch.autograd.grad(model.reconstruction_discriminator(x, z).sum(), z)[0]  # phi(x)
+    difference = with_penalty["reconstruction_discriminator"] - bare["reconstruction_discriminator"]
+    assert difference.item() == pytest.approx(0.15 * by_code.pow(2).sum(1).mean().item(), rel=1e-3)
+    assert by_code.abs().max() > 0
 
 
 class Tiny(torch.nn.Module):
@@ -1341,7 +1356,8 @@ def test_many_steps_take_no_more_memory_or_time_a_step(digits, tmp_path, tiny, m
     (("--resume", "nowhere"), "nowhere"), (("--from", "nowhere", "--sample", 3), "nowhere"),
     (("--sample", 3), "--from"), (("--labels", 20), "--prior categorical"),
     (("--agreement-weight", 1), "--prior categorical"), (("--code-noise", -1), "--code-noise -1"),
-    (("--image-noise", -1), "--image-noise -1"),
+    (("--image-noise", -1), "--image-noise -1"), (("--code-penalty", -1), "--code-penalty -1"),
+    (("--model", "fiae", "--code-penalty", 1), "--code-penalty"),
     (("--seeds", 1, 1), "--seeds"),
     (("--labels", 7, "--prior", "categorical"), "--labels 7"), (("--seeds", 1, 2), "--out"),
     (("--model", "fiae", "--euclidean"), "--euclidean"), (("--model", "infogan", "--noise", 3), "--noise"),

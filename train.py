@@ -52,6 +52,7 @@ RECIPES = {
         reconstruction_weight=1.0,  # of the reconstruction GAN's loss in what encoder and decoder descend
         regularization_weight=1.0,  # of the regularization GAN's
         regularization_steps=1,  # of the IAE's D(z), for each step of the others
+        code_penalty=0.0,  # gamma of R1 on the code alone, in the IAE's D(x, z)
         code_noise=0.0,  # deviation of the noise in which the IAE's D(z), the FIAE's D(x, z) sees codes
         image_noise=0.0,  # and of that in which the FIAE's recognition network and D(x, z) see its images
         agreement_weight=0.0,  # of the probability that a deformed image gets the same code
@@ -69,6 +70,7 @@ RECIPES = {
         reconstruction_weight=1.0,
         regularization_weight=10.0,
         regularization_steps=1,
+        code_penalty=0.0,
         code_noise=0.0,
         image_noise=0.0,
         agreement_weight=0.0,
@@ -114,7 +116,7 @@ def build_model(settings: dict) -> IAE | FIAE:
     options.update(noise_size=settings["noise"], conditioning=settings["conditioning"])
     if settings["model"] == "fiae":
         return FIAE.for_images(*sizes, **options)
-    options.update({name: settings[name] for name in ("euclidean", "regularization")})
+    options.update({name: settings[name] for name in ("euclidean", "regularization", "code_penalty")})
     return IAE.for_images(*sizes, **options)
 
 
@@ -555,7 +557,8 @@ def checked_settings(settings: dict) -> dict:
         del kinds[name]
     found = {}
     for name, kind in kinds.items():
-        value = found[name] = settings.get(name, {"data": {}, **defaults, "image_noise": 0.0}.get(name))
+        since = {"data": {}, "image_noise": 0.0, "code_penalty": 0.0}
+        value = found[name] = settings.get(name, {**defaults, **since}.get(name))
         if value is None and name in ("out", "image_size"):
             continue
         if type(value) is not type(kind) and not (type(value) is int and type(kind) is float):
@@ -819,8 +822,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--reconstruction-weight", type=float, metavar="WEIGHT", help="of the reconstruction GAN in what is descended")
     add("--regularization-weight", type=float, metavar="WEIGHT", help="of the regularization GAN in what is descended")
     add("--regularization-steps", type=int, metavar="K", help="of the IAE's D(z) for each step of the others")
-    add("--code-noise", type=float, metavar="DEVIATION",
-        help="of the noise in which the IAE's D(z), the FIAE's D(x, z) see codes")
+    add("--code-penalty", type=float, metavar="GAMMA", help="of R1 on the code alone, in the IAE's D(x, z)")
+    add("--code-noise", type=float, metavar="DEVIATION", help="of noise on codes for the IAE's D(z), FIAE's D(x, z)")
     add("--image-noise", type=float, metavar="DEVIATION", help="the same for the FIAE's f and D(x, z), which see x_hat")
     add("--agreement-weight", type=float, metavar="WEIGHT", help="of agreement on deformed images (categorical)")
     add("--local-scale", type=float, metavar="FACTOR", help="of the decoder's initial weights of n")
@@ -881,8 +884,10 @@ def check(error, args: argparse.Namespace) -> None:
         error("--global 0 --local 0: the decoder has no input; give at least one of them a size")
     if sizes["global"] == 0 and (args.euclidean or args.positive_gradient or args.noise or args.prior == "categorical"):
         error("--global 0 has no code: drop --euclidean, --positive-gradient, --noise and --prior categorical")
-    if args.model != "iae" and (args.euclidean or args.no_regularization or args.labels or sizes["global"] == 0):
-        error(f"--model {args.model}: --global 0, --euclidean, --no-regularization and --labels are the IAE's")
+    if args.model != "iae" and (args.euclidean or args.no_regularization or args.labels or sizes["global"] == 0
+                                or args.code_penalty):
+        error(f"--model {args.model}: --global 0, --euclidean, --no-regularization, --labels and --code-penalty are "
+              "the IAE's")
     if args.model == "infogan" and (args.noise or args.conditioning or args.positive_gradient):
         error("--model infogan has no D(x, z) and no eps: drop --noise, --conditioning and --positive-gradient")
     if args.labels and args.prior != "categorical":
@@ -900,7 +905,7 @@ def check(error, args: argparse.Namespace) -> None:
         if not 0 < rate < 1:
             error(f"--rates {rate}: a learning rate must be above 0 and below 1")
     for name in ("penalty", "regularization_penalty", "reconstruction_weight", "regularization_weight", "code_noise",
-                 "image_noise", "agreement_weight", "local_scale"):
+                 "code_penalty", "image_noise", "agreement_weight", "local_scale"):
         if sizes[name] is not None and not 0 <= sizes[name] < float("inf"):
             error(f"--{name.replace('_', '-')} {sizes[name]}: must be 0 or more")
     if args.agreement_weight and args.prior != "categorical":
