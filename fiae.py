@@ -13,8 +13,8 @@ cost is Eq. 15, KL(p(x) || p_data) + KL(p(x, z) || s(x, z)) with s(x, z) = p(x) 
        both places; the positive pair (x_hat, z) is a constant, by analogy with the IAE's footnote 1. The loss of the
        regularization GAN moves the generator alone.
 
-The loop is the IAE's: outputs = model(x), then model.discriminator_losses(x, *outputs) and, the discriminators moved,
-model.autoencoder_losses(x, *outputs).
+The loop is the IAE's: outputs = model(x), the tuple (z, x_hat, seen, z_hat), then model.discriminator_losses(x,
+*outputs) and, the discriminators moved, model.autoencoder_losses(x, *outputs).
 This file needs torch and iae.py.
 """
 
@@ -40,7 +40,9 @@ class FIAE(nn.Module):
     agreement_weight times `progress`, which the training loop moves from 0 to 1: while dreams look unlike data, it
     would form clusters of the data that are not the dreams'.
     Not in the paper either: image_noise, the deviation of Gaussian noise in which the recognition network and D(x, z)
-    see x_hat (`blurred`), so that the generator cannot hide z in deviations of x that real images do not show.
+    see x_hat (`blurred`), so that the generator cannot hide z in deviations of x that real images do not show;
+    code_penalty of D(x, z)'s gradient by the code (`discriminate`); paired_regularization, the paired objective for
+    D(x) too, whose rows share nothing: a relativistic GAN (without it D(x) has Eq. 1 where D(x, z) is paired).
     """
 
     def __init__(self, generator: nn.Module, recognition: nn.Module | None,
@@ -49,7 +51,8 @@ class FIAE(nn.Module):
                  prior: str = "gaussian", objective: str = "gan", penalty: float = 0.0,
                  regularization_penalty: float | None = None, positive_gradient: bool = False,
                  reconstruction_weight: float = 1.0, regularization_weight: float = 1.0,
-                 agreement_weight: float = 0.0, code_noise: float = 0.0, image_noise: float = 0.0):
+                 agreement_weight: float = 0.0, code_noise: float = 0.0, image_noise: float = 0.0,
+                 code_penalty: float = 0.0, paired_regularization: bool = False):
         super().__init__()
         self.generator, self.recognition = generator, recognition
         self.reconstruction_discriminator = reconstruction_discriminator
@@ -59,22 +62,28 @@ class FIAE(nn.Module):
         self.objective, self.penalty, self.positive_gradient = objective, penalty, positive_gradient
         self.reconstruction_weight, self.regularization_weight = reconstruction_weight, regularization_weight
         self.regularization_penalty = penalty if regularization_penalty is None else regularization_penalty
+        own = "gan" if objective == "paired" else objective
+        self.regularization_objective = "paired" if paired_regularization else own
         self.agreement_weight, self.code_noise, self.image_noise = agreement_weight, code_noise, image_noise
+        self.code_penalty = code_penalty
         self.register_buffer("progress", torch.ones(()))
 
     @classmethod
     def for_images(cls, shape: tuple[int, int, int], global_size: int, local_size: int, noise_size: int = 0,
-                   prior: str = "gaussian", conditioning: str = "projection", batch_norm: bool = True,
+                   prior: str = "gaussian", conditioning: str | None = None, batch_norm: bool = True,
                    local_scale: float = 1.0, **options) -> "FIAE":
         """The model with Appendix D.2's networks for images of `shape`; `options` are the constructor's.
 
-        conditioning, of D(x, z): "projection" (default) or those of iae.IAE.for_images. Raises ValueError for a
-        negative size or no latent code.
+        conditioning, of D(x, z), defaults to "distance" for a Gaussian code and to "projection" for a categorical.
+        Raises ValueError for a negative size or no latent code.
         """
         if min(local_size, noise_size) < 0 or global_size < 1:
             raise ValueError("code sizes: the latent code needs at least 1, local and noise sizes at least 0")
-        return cls(Decoder(shape, global_size, local_size, local_scale),
-                   Encoder(shape, global_size, noise_size, prior),
+        conditioning = conditioning or ("distance" if prior == "gaussian" else "projection")
+        recognition = Encoder(shape, global_size, noise_size, prior)
+        if prior == "gaussian":  # D.2's last BatchNorm would give z_hat the variance of z, also where x tells less of z
+            recognition.norm = nn.Identity()
+        return cls(Decoder(shape, global_size, local_size, local_scale), recognition,
                    JointDiscriminator(shape, global_size, conditioning, batch_norm),
                    JointDiscriminator(shape, 0, batch_norm=batch_norm), shape=shape, global_size=global_size,
                    local_size=local_size, noise_size=noise_size, prior=prior, **options)
@@ -114,35 +123,38 @@ class FIAE(nn.Module):
         """x ~ p(x), (count, *shape)."""
         return self.decode(self.sample_codes(count))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(z, x_hat, z_hat) of Figure 7, one row for each row of x, whose values are not looked at.
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(z, x_hat, seen, z_hat) of Figure 7, one row for each row of x, whose values are not looked at.
 
         z ~ p(z) and x_hat ~ p(x|z), so (x_hat, z) ~ p(x, z); z_hat ~ q(z|x_hat), so (x_hat, z_hat) ~ s(x, z) (Eq. 11).
+        seen (batch, *shape) is x_hat in image_noise: what recognition network and D(x, z) see. In the paper, x_hat.
         """
         z = self.sample_codes(*x.shape[:x.dim() - len(self.shape)])
         x_hat = self.decode(z)
-        return z, x_hat, self.encode(self.dreamt(x_hat)) if self.recognition is not None else None
+        seen = blurred(x_hat, self.image_noise)
+        return z, x_hat, seen, self.encode(self.dreamt(seen)) if self.recognition is not None else None
 
-    def dreamt(self, x_hat: Tensor) -> Tensor:
-        """x_hat as the recognition network sees it in training: deformed with an agreement_weight, in image_noise."""
-        return blurred(deform(x_hat) if self.agreement_weight else x_hat, self.image_noise)
+    def dreamt(self, seen: Tensor) -> Tensor:
+        """A dream as the recognition network sees it in training: deformed where there is an agreement_weight."""
+        return deform(seen) if self.agreement_weight else seen
 
-    def discriminator_losses(self, x: Tensor, z: Tensor, x_hat: Tensor, z_hat: Tensor | None) -> dict[str, Tensor]:
-        """What the two discriminators descend, for data x and the model's (z, x_hat, z_hat): all constants here."""
+    def discriminator_losses(self, x: Tensor, z: Tensor, x_hat: Tensor, seen: Tensor,
+                             z_hat: Tensor | None) -> dict[str, Tensor]:
+        """What the two discriminators descend, for data x and the model's outputs: all constants here."""
         losses = {}
         if self.reconstruction_discriminator is not None:
-            seen = blurred(x_hat, self.image_noise)  # (batch, *shape), the same in both pairs
             losses["reconstruction_discriminator"] = discriminate(
                 self.reconstruction_discriminator, real=(seen, blurred(z, self.code_noise)),
-                fake=(seen, blurred(z_hat, self.code_noise)), objective=self.objective, penalty=self.penalty)
-        # x and x_hat share nothing row by row, so "paired" has no meaning here: Eq. 1 takes its place.
+                fake=(seen, blurred(z_hat, self.code_noise)), objective=self.objective, penalty=self.penalty,
+                code_penalty=self.code_penalty)
         losses["regularization_discriminator"] = discriminate(
-            self.regularization_discriminator, real=(x,), fake=(x_hat,),
-            objective="gan" if self.objective == "paired" else self.objective, penalty=self.regularization_penalty)
+            self.regularization_discriminator, real=(x,), fake=(x_hat,), objective=self.regularization_objective,
+            penalty=self.regularization_penalty)
         return losses
 
-    def autoencoder_losses(self, x: Tensor, z: Tensor, x_hat: Tensor, z_hat: Tensor | None) -> dict[str, Tensor]:
-        """What generator and recognition network descend (Eq. 15), for (z, x_hat, z_hat) with their gradients.
+    def autoencoder_losses(self, x: Tensor, z: Tensor, x_hat: Tensor, seen: Tensor,
+                           z_hat: Tensor | None) -> dict[str, Tensor]:
+        """What generator and recognition network descend (Eq. 15), for the model's outputs with their gradients.
 
         reconstruction   KL(p(x, z) || s(x, z)), moves both
         regularization   KL(p(x) || p_data), moves the generator alone
@@ -150,25 +162,27 @@ class FIAE(nn.Module):
         """
         losses = {}
         if self.recognition is not None:
-            losses["reconstruction"] = self.reconstruction_weight * self.reconstruction_loss(z, x_hat, z_hat)
-        fake = self.regularization_discriminator(x_hat)
-        objective = "gan" if self.objective == "paired" else self.objective
-        losses["regularization"] = self.regularization_weight * generator_loss(None, fake, objective)
+            losses["reconstruction"] = self.reconstruction_weight * self.reconstruction_loss(z, seen, z_hat)
+        fake, real = self.regularization_discriminator(x_hat), None
+        if self.regularization_objective == "paired":
+            with torch.no_grad():
+                real = self.regularization_discriminator(x)
+        loss = generator_loss(real, fake, self.regularization_objective)
+        losses["regularization"] = self.regularization_weight * loss
         if self.agreement_weight:
             copies = self.logits(x).softmax(1), self.logits(deform(x)).softmax(1)  # (batch, K) each
             losses["agreement"] = self.agreement_weight * self.progress * agreement_loss(*copies)
         return losses
 
-    def reconstruction_loss(self, z: Tensor, x_hat: Tensor, z_hat: Tensor) -> Tensor:
+    def reconstruction_loss(self, z: Tensor, seen: Tensor, z_hat: Tensor) -> Tensor:
         """-log D(x_hat, z_hat): reaches the recognition network by z_hat, the generator by x_hat and through z_hat."""
         z, z_hat = blurred(z, self.code_noise), blurred(z_hat, self.code_noise)
-        x_hat = blurred(x_hat, self.image_noise)
-        fake, real = self.reconstruction_discriminator(x_hat, z_hat), None
+        fake, real = self.reconstruction_discriminator(seen, z_hat), None
         if self.positive_gradient:
-            real = self.reconstruction_discriminator(x_hat, z)
+            real = self.reconstruction_discriminator(seen, z)
         elif self.objective == "paired":
             with torch.no_grad():
-                real = self.reconstruction_discriminator(x_hat, z)
+                real = self.reconstruction_discriminator(seen, z)
         return generator_loss(real, fake, self.objective)
 
 
@@ -206,13 +220,14 @@ class InfoGAN(FIAE):
         """A sample z_hat ~ q(z|x), (batch, global_size), without gradient; eps is not used."""
         return self.posterior(x).sample()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
-        """(z, x_hat, None): the cost needs the density q(z|x_hat), no sample of it."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """(z, x_hat, seen, None): the cost needs the density q(z|x_hat), no sample of it."""
         z = self.sample_codes(*x.shape[:x.dim() - len(self.shape)])
-        return z, self.decode(z), None
+        x_hat = self.decode(z)
+        return z, x_hat, blurred(x_hat, self.image_noise), None
 
-    def reconstruction_loss(self, z: Tensor, x_hat: Tensor, z_hat: None = None) -> Tensor:
+    def reconstruction_loss(self, z: Tensor, seen: Tensor, z_hat: None = None) -> Tensor:
         """E[-log q(z|x_hat)], Eq. 13: reaches the recognition network, and the generator by x_hat."""
         if self.prior == "categorical":  # the checks of `posterior` would wait for the device, which no CUDA graph does
-            return -(z * self.recognition(self.dreamt(x_hat), None).float().log_softmax(-1)).sum(-1).mean()
-        return -self.posterior(self.dreamt(x_hat)).log_prob(z).mean()
+            return -(z * self.recognition(self.dreamt(seen), None).float().log_softmax(-1)).sum(-1).mean()
+        return -self.posterior(self.dreamt(seen)).log_prob(z).mean()

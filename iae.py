@@ -185,7 +185,8 @@ class JointDiscriminator(nn.Module):
 
     x (batch, *shape), z (batch, code_size) or None. Returns logits (batch,): log D / (1 - D), large where real.
     The code is an adaptive bias of the first layer (D.1), added before its BatchNorm and ReLU. Not in the paper:
-    conditioning "projection", logits psi(x) + z . phi(x) from the last layer (Miyato and Koyama 2018).
+    conditioning "projection", logits psi(x) + z . phi(x) from the last layer (Miyato and Koyama 2018), and "distance",
+    logits -|z - phi(x)|^2 / 2, where x alone says nothing: for pairs that share x, as the FIAE's do.
     """
 
     def __init__(self, shape: tuple[int, int, int], code_size: int, conditioning: str = "dependent",
@@ -196,8 +197,9 @@ class JointDiscriminator(nn.Module):
         self.first = conv(channels, widths[0], kernel)
         height, width = height // 2, width // 2
         self.projection = conditioning == "projection" and code_size > 0
+        self.distance = conditioning == "distance" and code_size > 0
         self.condition = None
-        if code_size and not self.projection:
+        if code_size and not (self.projection or self.distance):
             condition = {"dependent": LocationDependent, "invariant": LocationInvariant}[conditioning]
             self.condition = condition(code_size, widths[0], height, width)
         norm2d, norm1d = (nn.BatchNorm2d, nn.BatchNorm1d) if batch_norm else (nn.Identity, nn.Identity)
@@ -208,14 +210,17 @@ class JointDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
         size, hidden = widths[-1] * height * width, layout["hidden"]
         fc = [nn.Linear(size, hidden), norm1d(hidden), nn.ReLU()] if hidden else []
-        self.fc = nn.Sequential(*fc, nn.Linear(hidden or size, 1 + code_size * self.projection))
+        outputs = code_size if self.distance else 1 + code_size * self.projection
+        self.fc = nn.Sequential(*fc, nn.Linear(hidden or size, outputs))
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         h = self.first(x)  # (batch, channels, height / 2, width / 2)
         if self.condition is not None:
             h = h + self.condition(z)
         h = self.layers(h).permute(0, 2, 3, 1).flatten(1)  # channels last, the layout of the memory: no copy
-        h = self.fc(h).float()  # (batch, 1), with a projection (batch, 1 + code_size)
+        h = self.fc(h).float()  # (batch, 1), with a projection (batch, 1 + code_size), a distance (batch, code_size)
+        if self.distance:
+            return -0.5 * (z - h).pow(2).sum(1)  # (batch,)
         return h[:, 0] + (z * h[:, 1:]).sum(1) if self.projection else h.squeeze(1)  # (batch,)
 
 

@@ -137,6 +137,18 @@ def test_projection_is_linear_in_the_code():
     assert torch.allclose(d(x, z) - d(x, z_hat), ((z - z_hat) * phi).sum(1), atol=1e-5)  # psi(x) cancels in a pair
 
 
+def test_distance_logits_are_of_a_squared_distance_to_a_point_that_x_alone_decides():
+    torch.manual_seed(0)
+    d = JointDiscriminator(MNIST, 4, "distance").eval()
+    assert count(d) == count(JointDiscriminator(MNIST, 4, "projection")) - (1024 + 1)  # no psi(x)
+    x, z = torch.rand(5, *MNIST), torch.randn(5, 4)
+    at_zero = d(x, torch.zeros(5, 4))  # -|phi|^2 / 2
+    phi = torch.stack([d(x, row.expand(5, 4)) - at_zero + 0.5 for row in torch.eye(4)], 1)  # (5, 4)
+    assert phi.std() > 0.01
+    assert torch.allclose(d(x, z), -0.5 * (z - phi).pow(2).sum(1), atol=1e-5)
+    assert torch.allclose(d(x, phi), torch.zeros(5), atol=1e-5)
+
+
 def test_local_scale_multiplies_the_first_weights_of_n():
     for shape in (MNIST, (3, 32, 32)):
         ones = []
@@ -1274,13 +1286,14 @@ class Blind(nn.Module):
         return self.layers(x).squeeze(1).float()
 
 
-@pytest.mark.parametrize("objective, model, blind", [("gan", "iae", "1.386"), ("paired", "iae", "0.693"),
-                                                     ("paired", "fiae", "1.386")])
-def test_a_dead_discriminator_is_named_once(objective, model, blind, digits, tmp_path, tiny, capsys, monkeypatch):
+@pytest.mark.parametrize("options, blind", [
+    (("--objective", "gan"), "1.386"), (("--objective", "paired"), "0.693"), (("--model", "fiae"), "0.693"),
+    (("--model", "fiae", "--no-paired-regularization"), "1.386")])
+def test_a_dead_discriminator_is_named_once(options, blind, digits, tmp_path, tiny, capsys, monkeypatch):
     monkeypatch.setattr(train, "JUDGED_STEPS", 60)
-    name = "reconstruction_discriminator" if model == "iae" else "regularization_discriminator"
+    name = "regularization_discriminator" if "fiae" in options else "reconstruction_discriminator"
     for dead in (False, True):
-        state, loaded = a_run(digits, "--objective", objective, "--model", model, "--rates", 1e-4, 1e-4, 2e-3, 2e-3)
+        state, loaded = a_run(digits, *options, "--rates", 1e-4, 1e-4, 2e-3, 2e-3)
         if dead:
             setattr(state.model, name, Blind())
             groups = [{"params": list(getattr(state.model, name).parameters()), "rate": 1e-3}]
@@ -1357,7 +1370,7 @@ def test_many_steps_take_no_more_memory_or_time_a_step(digits, tmp_path, tiny, m
     (("--sample", 3), "--from"), (("--labels", 20), "--prior categorical"),
     (("--agreement-weight", 1), "--prior categorical"), (("--code-noise", -1), "--code-noise -1"),
     (("--image-noise", -1), "--image-noise -1"), (("--code-penalty", -1), "--code-penalty -1"),
-    (("--model", "fiae", "--code-penalty", 1), "--code-penalty"),
+    (("--paired-regularization",), "--paired-regularization"),
     (("--seeds", 1, 1), "--seeds"),
     (("--labels", 7, "--prior", "categorical"), "--labels 7"), (("--seeds", 1, 2), "--out"),
     (("--model", "fiae", "--euclidean"), "--euclidean"), (("--model", "infogan", "--noise", 3), "--noise"),
@@ -2755,7 +2768,8 @@ def test_fiae_moves_what_section_3_says(objective):
     players = model.generator, model.recognition
     joint, critic = model.reconstruction_discriminator, model.regularization_discriminator
     x = torch.randn(2, 16, 2)
-    z, x_hat, z_hat = outputs = model(x)
+    z, x_hat, seen, z_hat = outputs = model(x)
+    assert torch.equal(seen, x_hat)
     critics = model.discriminator_losses(x, *outputs)
     assert list(critics) == ["reconstruction_discriminator", "regularization_discriminator"]
     for loss, own, other in zip(critics.values(), (joint, critic), (critic, joint)):
@@ -2782,7 +2796,7 @@ def test_fiae_does_not_look_at_data():
     torch.manual_seed(1)
     second = model(torch.full((2, 5, 2), 7.0))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
-    assert [tuple(part.shape) for part in first] == [(2, 5, 2)] * 3
+    assert [tuple(part.shape) for part in first] == [(2, 5, 2)] * 4
     assert model.sample_codes(2, 9).shape == model.encode(torch.zeros(2, 9, 2)).shape == (2, 9, 2)
 
 
@@ -2794,7 +2808,7 @@ def test_flipped_agreement_deforms_dreams_and_moves_the_recognition_network_alon
     model.recognition.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     monkeypatch.setattr(fiae, "deform", lambda x: x.flip(2))
     x = torch.rand(6, *MNIST)
-    outputs = z, x_hat, z_hat = model(x)
+    outputs = z, x_hat, _, z_hat = model(x)
     losses = model.autoencoder_losses(x, *outputs)
     assert len(seen) == 1 and torch.equal(seen[0], x_hat.flip(2))  # what it is trained on
     p, q = model.logits(x).softmax(1), model.logits(x.flip(2)).softmax(1)
@@ -2814,7 +2828,7 @@ def test_fiae_judges_codes_in_noise():
     model.reconstruction_discriminator.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
     x = torch.rand(500, *MNIST)
     with torch.no_grad():
-        outputs = z, x_hat, z_hat = model(x)
+        outputs = z, x_hat, noisy, z_hat = model(x)
         model.discriminator_losses(x, *outputs)
         model.autoencoder_losses(x, *outputs)
     for code, clean in zip(seen, (z, z_hat, z_hat)):
@@ -2831,20 +2845,54 @@ def test_fiae_sees_its_images_in_noise():
         network.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
     x = torch.rand(100, *MNIST)
     with torch.no_grad():
-        outputs = z, x_hat, z_hat = model(x)
+        outputs = z, x_hat, noisy, z_hat = model(x)
         model.discriminator_losses(x, *outputs)
         model.autoencoder_losses(x, *outputs)
         model.encode(x)
-    assert len(read) == 2 and len(joint) == 3 and torch.equal(joint[0], joint[1])
-    for noisy in (read[0], joint[0], joint[2]):
-        assert (noisy - x_hat).std().item() == pytest.approx(0.2, rel=0.02)
-    assert not torch.equal(read[0], joint[0]) and torch.equal(read[1], x)  # in use there is no noise
+    assert (noisy - x_hat).std().item() == pytest.approx(0.2, rel=0.02)
+    assert len(read) == 2 and all(torch.equal(seen, noisy) for seen in (read[0], *joint))
+    assert len(joint) == 3 and torch.equal(read[1], x)  # in use there is no noise
     assert torch.equal(judged[1], x_hat) and torch.equal(judged[2], x_hat)
+
+
+def test_fiae_code_penalty_is_of_the_joint_discriminator_by_the_code_of_the_real_pair():
+    model = FIAE.for_images(MNIST, 4, 2, batch_norm=False, objective="paired")
+    x = torch.rand(6, *MNIST)
+    outputs = z, x_hat, seen, z_hat = model(x)
+    bare = model.discriminator_losses(x, *outputs)
+    model.code_penalty = 0.3
+    with_penalty, z = model.discriminator_losses(x, *outputs), z.requires_grad_()
+    by_code = torch.autograd.grad(model.reconstruction_discriminator(seen, z).sum(), z)[0]
+    difference = with_penalty["reconstruction_discriminator"] - bare["reconstruction_discriminator"]
+    assert difference.item() == pytest.approx(0.15 * by_code.pow(2).sum(1).mean().item(), rel=1e-3)
+    assert torch.equal(with_penalty["regularization_discriminator"], bare["regularization_discriminator"])
+
+
+def test_paired_regularization_is_a_relativistic_gan_whose_real_side_is_constant():
+    x = torch.randn(2, 16, 2, requires_grad=True)
+    for paired in (False, True):
+        model = small_fiae(objective="paired", paired_regularization=paired)
+        outputs = model(x)
+        real, fake = (model.regularization_discriminator(images) for images in (x, outputs[1]))
+        wanted = (F.softplus(fake - real).mean(), F.softplus(real - fake).mean()) if paired else (
+            F.softplus(-real).mean() + F.softplus(fake).mean(), F.softplus(-fake).mean())
+        critic = model.discriminator_losses(x, *outputs)["regularization_discriminator"]
+        loss = model.autoencoder_losses(x, *outputs)["regularization"]
+        assert (critic.item(), loss.item()) == pytest.approx([part.item() for part in wanted], rel=1e-5)
+        assert torch.autograd.grad(loss, x, allow_unused=True) == (None,)  # nor would a trainable x move
+
+
+def test_the_flipped_recognition_network_of_a_gaussian_code_ends_without_batch_norm():
+    model = FIAE.for_images(MNIST, 4, 0)
+    assert not any(isinstance(module, nn.BatchNorm1d) for module in model.recognition.modules())
+    assert model.reconstruction_discriminator.distance
+    model = FIAE.for_images(MNIST, 4, 0, prior="categorical")
+    assert isinstance(model.recognition.norm, nn.BatchNorm1d) and model.reconstruction_discriminator.projection
 
 
 def test_infogan_loss_is_gaussian_nll():
     model = small_fiae(InfoGAN)
-    z, x_hat, z_hat = model(torch.zeros(2, 16, 2))
+    z, x_hat, _, z_hat = model(torch.zeros(2, 16, 2))
     assert z_hat is None
     mean, log_deviation = model.recognition(x_hat).chunk(2, -1)
     nll = (0.5 * ((z - mean) / log_deviation.exp()) ** 2 + log_deviation + 0.5 * math.log(2 * math.pi)).sum(-1).mean()

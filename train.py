@@ -52,7 +52,8 @@ RECIPES = {
         reconstruction_weight=1.0,  # of the reconstruction GAN's loss in what encoder and decoder descend
         regularization_weight=1.0,  # of the regularization GAN's
         regularization_steps=1,  # of the IAE's D(z), for each step of the others
-        code_penalty=0.0,  # gamma of R1 on the code alone, in the IAE's D(x, z)
+        code_penalty=0.0,  # gamma of R1 on the code alone, in D(x, z)
+        paired_regularization=False,  # the FIAE's D(x) as a relativistic GAN
         code_noise=0.0,  # deviation of the noise in which the IAE's D(z), the FIAE's D(x, z) sees codes
         image_noise=0.0,  # and of that in which the FIAE's recognition network and D(x, z) see its images
         agreement_weight=0.0,  # of the probability that a deformed image gets the same code
@@ -71,6 +72,7 @@ RECIPES = {
         regularization_weight=10.0,
         regularization_steps=1,
         code_penalty=0.0,
+        paired_regularization=False,
         code_noise=0.0,
         image_noise=0.0,
         agreement_weight=0.0,
@@ -90,12 +92,13 @@ CATEGORICAL = dict(regularization_penalty=0.3, regularization_weight=100.0, code
 # With labels, which hold every cluster in its place, both GANs are better gentle with it (README, "Discrete codes").
 LABELLED = dict(regularization_penalty=1.0, regularization_weight=10.0, reconstruction_weight=0.1)
 # Where the model is flipped, D(x) is a plain GAN's: InfoGAN's settings, and D(x, z) as fast as the recognition network.
-FLIPPED = dict(regularization_penalty=0.0, regularization_weight=1.0, reconstruction_weight=0.1, beta1=0.5,
+FLIPPED = dict(regularization_penalty=0.0, regularization_weight=1.0, reconstruction_weight=0.3, beta1=0.5,
                rates=(1e-3, 1e-3, 1e-3, 2e-4))
-FLIPPED_CATEGORICAL = dict(FLIPPED, reconstruction_weight=0.3, code_noise=0.3, agreement_weight=1.0, local_scale=0.5)
+FLIPPED_GAUSSIAN = dict(FLIPPED, image_noise=0.2, code_penalty=1.0, paired_regularization=True)
+FLIPPED_CATEGORICAL = dict(FLIPPED, code_noise=0.3, agreement_weight=1.0, local_scale=0.5)
 CHOICES = {
     "model": ("iae", "fiae", "infogan"), "prior": ("gaussian", "categorical"), "objective": ("gan", "paired", "kl"),
-    "conditioning": ("dependent", "invariant", "projection"), "recipe": tuple(RECIPES),
+    "conditioning": ("dependent", "invariant", "projection", "distance"), "recipe": tuple(RECIPES),
     "precision": ("auto", "float32", "bf16"),
 }
 PROJECT, FORMAT = "implicit-autoencoders", 4  # what a checkpoint says it is
@@ -110,13 +113,14 @@ def build_model(settings: dict) -> IAE | FIAE:
         "prior", "batch_norm", "objective", "penalty", "regularization_penalty", "reconstruction_weight",
         "regularization_weight", "positive_gradient", "agreement_weight", "code_noise", "local_scale")}
     if settings["model"] != "iae":
-        options["image_noise"] = settings["image_noise"]
+        options.update({name: settings[name] for name in ("image_noise", "paired_regularization")})
     if settings["model"] == "infogan":
         return InfoGAN.for_images(*sizes, **options)
-    options.update(noise_size=settings["noise"], conditioning=settings["conditioning"])
+    options.update(noise_size=settings["noise"], conditioning=settings["conditioning"],
+                   code_penalty=settings["code_penalty"])
     if settings["model"] == "fiae":
         return FIAE.for_images(*sizes, **options)
-    options.update({name: settings[name] for name in ("euclidean", "regularization", "code_penalty")})
+    options.update({name: settings[name] for name in ("euclidean", "regularization")})
     return IAE.for_images(*sizes, **options)
 
 
@@ -415,9 +419,7 @@ def warn_of_dead_discriminator(run: Run, numbers: dict) -> None:
     if name not in numbers or len(run.judged) == JUDGED_STEPS // 20:
         return
     run.judged.append(numbers[name])
-    objective = run.settings["objective"]
-    if objective == "paired" and isinstance(run.model, FIAE):
-        objective = "gan"
+    objective = run.model.regularization_objective if isinstance(run.model, FIAE) else run.settings["objective"]
     blind = {"gan": 2 * math.log(2), "paired": math.log(2), "kl": 0.0}[objective]
     if len(run.judged) == JUDGED_STEPS // 20 and min(run.judged) > blind - 0.005:
         warn(run, name, f"the {name} learns nothing: its loss has never been below {blind:.3f}, what constant logits "
@@ -557,7 +559,7 @@ def checked_settings(settings: dict) -> dict:
         del kinds[name]
     found = {}
     for name, kind in kinds.items():
-        since = {"data": {}, "image_noise": 0.0, "code_penalty": 0.0}
+        since = {"data": {}, "image_noise": 0.0, "code_penalty": 0.0, "paired_regularization": False}
         value = found[name] = settings.get(name, {**defaults, **since}.get(name))
         if value is None and name in ("out", "image_size"):
             continue
@@ -807,8 +809,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--prior", default="gaussian", choices=CHOICES["prior"],
         help="p(z); categorical: --global is the number of clusters (%(default)s)")
     add("--conditioning", choices=CHOICES["conditioning"],
-        help="how D(x, z) sees z, Appendix D.1 (location-dependent for a Gaussian code, -invariant for a categorical; "
-             "fiae: projection)")
+        help="how D(x, z) sees z, D.1 (gaussian: dependent, categorical: invariant; fiae: distance, projection)")
     add("--no-regularization", action="store_true",
         help="drop KL(q(z) || p(z)), cases 1 and 3; samples come from a Gaussian fitted to q(z)")
     add("--euclidean", action="store_true", help="squared error in place of the reconstruction GAN; case 2: the AAE")
@@ -822,7 +823,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--reconstruction-weight", type=float, metavar="WEIGHT", help="of the reconstruction GAN in what is descended")
     add("--regularization-weight", type=float, metavar="WEIGHT", help="of the regularization GAN in what is descended")
     add("--regularization-steps", type=int, metavar="K", help="of the IAE's D(z) for each step of the others")
-    add("--code-penalty", type=float, metavar="GAMMA", help="of R1 on the code alone, in the IAE's D(x, z)")
+    add("--code-penalty", type=float, metavar="GAMMA", help="of R1 on the code alone, in D(x, z)")
+    add("--paired-regularization", action=argparse.BooleanOptionalAction, default=None, help="of FIAE's D(x)")
     add("--code-noise", type=float, metavar="DEVIATION", help="of noise on codes for the IAE's D(z), FIAE's D(x, z)")
     add("--image-noise", type=float, metavar="DEVIATION", help="the same for the FIAE's f and D(x, z), which see x_hat")
     add("--agreement-weight", type=float, metavar="WEIGHT", help="of agreement on deformed images (categorical)")
@@ -884,10 +886,10 @@ def check(error, args: argparse.Namespace) -> None:
         error("--global 0 --local 0: the decoder has no input; give at least one of them a size")
     if sizes["global"] == 0 and (args.euclidean or args.positive_gradient or args.noise or args.prior == "categorical"):
         error("--global 0 has no code: drop --euclidean, --positive-gradient, --noise and --prior categorical")
-    if args.model != "iae" and (args.euclidean or args.no_regularization or args.labels or sizes["global"] == 0
-                                or args.code_penalty):
-        error(f"--model {args.model}: --global 0, --euclidean, --no-regularization, --labels and --code-penalty are "
-              "the IAE's")
+    if args.model != "iae" and (args.euclidean or args.no_regularization or args.labels or sizes["global"] == 0):
+        error(f"--model {args.model}: --global 0, --euclidean, --no-regularization and --labels are the IAE's")
+    if args.model == "iae" and args.paired_regularization:
+        error("--paired-regularization: D(x) has it, of --model fiae or infogan")
     if args.model == "infogan" and (args.noise or args.conditioning or args.positive_gradient):
         error("--model infogan has no D(x, z) and no eps: drop --noise, --conditioning and --positive-gradient")
     if args.labels and args.prior != "categorical":
@@ -975,7 +977,7 @@ def settings_of(args: argparse.Namespace, data: dict) -> dict:
         del settings[name]
     recipe = dict(RECIPES[args.recipe])
     if args.recipe == "stable" and args.model != "iae":
-        recipe |= FLIPPED_CATEGORICAL if args.prior == "categorical" else FLIPPED
+        recipe |= FLIPPED_CATEGORICAL if args.prior == "categorical" else FLIPPED_GAUSSIAN
     elif args.recipe == "stable":
         recipe |= (DETERMINISTIC if args.local == 0 else {}) | (CATEGORICAL if args.prior == "categorical" else {})
         recipe |= LABELLED if args.labels else {}
@@ -984,7 +986,8 @@ def settings_of(args: argparse.Namespace, data: dict) -> dict:
             settings[name] = value
     settings["rates"] = list(settings["rates"])
     d1 = "dependent" if args.prior == "gaussian" else "invariant"  # Appendix D.1's choice
-    settings["conditioning"] = args.conditioning or (d1 if args.model == "iae" else "projection")
+    pairs = "distance" if args.prior == "gaussian" else "projection"  # the FIAE's, which share x_hat
+    settings["conditioning"] = args.conditioning or (d1 if args.model == "iae" else pairs)
     settings["device"] = str(pick_device(args.device))
     settings["precision"] = pick_precision(args.precision, torch.device(settings["device"]))
     settings["capture"] = args.capture and settings["device"].startswith("cuda")
