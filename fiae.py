@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, OneHotCategorical
 
-from iae import (Decoder, Encoder, JointDiscriminator, agreement_loss, blurred, deform, discriminate, generator_loss,
-                 sample_prior)
+from iae import (Decoder, Encoder, JointDiscriminator, agreement_loss, blurred, deform, discriminate,
+                 discriminator_loss, generator_loss, ripple, sample_prior)
 
 
 class FIAE(nn.Module):
@@ -36,13 +36,15 @@ class FIAE(nn.Module):
     prior, objective ("paired": the rows of both pairs share x_hat) and the penalties: as in iae.IAE. positive_gradient
     moves the generator through the positive pair too. Figure 10 has local_size = noise_size = 0.
     Not in the paper, for a categorical z: code_noise of D(x, z)'s `blurred` codes; with an agreement_weight the
-    recognition network sees x_hat deformed, and descends `agreement_loss` on the data. The latter weighs
+    recognition network sees x_hat deformed (`deform`), and descends `agreement_loss` on the data. The latter weighs
     agreement_weight times `progress`, which the training loop moves from 0 to 1: while dreams look unlike data, it
     would form clusters of the data that are not the dreams'.
-    Not in the paper either: image_noise, the deviation of Gaussian noise in which the recognition network and D(x, z)
-    see x_hat (`blurred`), so that the generator cannot hide z in deviations of x that real images do not show;
-    code_penalty of D(x, z)'s gradient by the code (`discriminate`); paired_regularization, the paired objective for
-    D(x) too, whose rows share nothing: a relativistic GAN (without it D(x) has Eq. 1 where D(x, z) is paired).
+    Not in the paper either: elastic and image_noise, the deviations of the `ripple` and the Gaussian noise in which the
+    recognition network and D(x, z) see x_hat, so that the generator cannot hide z in details that real images do not
+    have; code_penalty of D(x, z)'s gradient by the code (`discriminate`); paired_regularization, the paired objective
+    for D(x) too, whose rows share nothing: a relativistic GAN (without it D(x) has Eq. 1 where D(x, z) is paired);
+    information_weight of D(x, z)'s own loss, as the generator descends it by the positive pair: its images shall let
+    D(x, z) tell z from z_hat. With constant positive pairs nothing else asks them to tell their codes.
     """
 
     def __init__(self, generator: nn.Module, recognition: nn.Module | None,
@@ -52,7 +54,8 @@ class FIAE(nn.Module):
                  regularization_penalty: float | None = None, positive_gradient: bool = False,
                  reconstruction_weight: float = 1.0, regularization_weight: float = 1.0,
                  agreement_weight: float = 0.0, code_noise: float = 0.0, image_noise: float = 0.0,
-                 code_penalty: float = 0.0, paired_regularization: bool = False):
+                 elastic: float = 0.0, code_penalty: float = 0.0, paired_regularization: bool = False,
+                 information_weight: float = 0.0):
         super().__init__()
         self.generator, self.recognition = generator, recognition
         self.reconstruction_discriminator = reconstruction_discriminator
@@ -64,8 +67,9 @@ class FIAE(nn.Module):
         self.regularization_penalty = penalty if regularization_penalty is None else regularization_penalty
         own = "gan" if objective == "paired" else objective
         self.regularization_objective = "paired" if paired_regularization else own
-        self.agreement_weight, self.code_noise, self.image_noise = agreement_weight, code_noise, image_noise
-        self.code_penalty = code_penalty
+        self.agreement_weight, self.code_noise = agreement_weight, code_noise
+        self.image_noise, self.elastic = image_noise, elastic
+        self.code_penalty, self.information_weight = code_penalty, information_weight
         self.register_buffer("progress", torch.ones(()))
 
     @classmethod
@@ -127,15 +131,19 @@ class FIAE(nn.Module):
         """(z, x_hat, seen, z_hat) of Figure 7, one row for each row of x, whose values are not looked at.
 
         z ~ p(z) and x_hat ~ p(x|z), so (x_hat, z) ~ p(x, z); z_hat ~ q(z|x_hat), so (x_hat, z_hat) ~ s(x, z) (Eq. 11).
-        seen (batch, *shape) is x_hat in image_noise: what recognition network and D(x, z) see. In the paper, x_hat.
+        seen (batch, *shape), what recognition network and D(x, z) see, is x_hat in the paper, here `corrupted`.
         """
         z = self.sample_codes(*x.shape[:x.dim() - len(self.shape)])
         x_hat = self.decode(z)
-        seen = blurred(x_hat, self.image_noise)
+        seen = self.corrupted(x_hat)
         return z, x_hat, seen, self.encode(self.dreamt(seen)) if self.recognition is not None else None
 
+    def corrupted(self, x_hat: Tensor) -> Tensor:
+        """x_hat rippled, then in noise: what recognition network and D(x, z) see in training."""
+        return blurred(ripple(x_hat, self.elastic) if self.elastic else x_hat, self.image_noise)
+
     def dreamt(self, seen: Tensor) -> Tensor:
-        """A dream as the recognition network sees it in training: deformed where there is an agreement_weight."""
+        """What the recognition network alone sees in training: deformed where there is an agreement_weight."""
         return deform(seen) if self.agreement_weight else seen
 
     def discriminator_losses(self, x: Tensor, z: Tensor, x_hat: Tensor, seen: Tensor,
@@ -178,12 +186,16 @@ class FIAE(nn.Module):
         """-log D(x_hat, z_hat): reaches the recognition network by z_hat, the generator by x_hat and through z_hat."""
         z, z_hat = blurred(z, self.code_noise), blurred(z_hat, self.code_noise)
         fake, real = self.reconstruction_discriminator(seen, z_hat), None
-        if self.positive_gradient:
+        if self.positive_gradient or self.information_weight:
             real = self.reconstruction_discriminator(seen, z)
         elif self.objective == "paired":
             with torch.no_grad():
                 real = self.reconstruction_discriminator(seen, z)
-        return generator_loss(real, fake, self.objective)
+        constant = real.detach() if self.objective == "paired" else None
+        loss = generator_loss(real if self.positive_gradient else constant, fake, self.objective)
+        if self.information_weight:  # reaches the generator alone, by x_hat
+            loss = loss + self.information_weight * discriminator_loss(real, fake.detach(), self.objective)
+        return loss
 
 
 class InfoGAN(FIAE):
@@ -224,7 +236,7 @@ class InfoGAN(FIAE):
         """(z, x_hat, seen, None): the cost needs the density q(z|x_hat), no sample of it."""
         z = self.sample_codes(*x.shape[:x.dim() - len(self.shape)])
         x_hat = self.decode(z)
-        return z, x_hat, blurred(x_hat, self.image_noise), None
+        return z, x_hat, self.corrupted(x_hat), None
 
     def reconstruction_loss(self, z: Tensor, seen: Tensor, z_hat: None = None) -> Tensor:
         """E[-log q(z|x_hat)], Eq. 13: reaches the recognition network, and the generator by x_hat."""

@@ -77,6 +77,18 @@ def deform(x: Tensor) -> Tensor:
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
+def ripple(x: Tensor, deviation: float) -> Tensor:
+    """Each of the images x (batch, channels, height, width) with its pixels moved by a smooth random field.
+
+    An elastic deformation, as in Simard et al. 2003: 5x5 Gaussian shifts of `deviation` half sides, interpolated.
+    """
+    shifts = deviation * torch.randn(len(x), 2, 5, 5, device=x.device)
+    shifts = F.interpolate(shifts, x.shape[2:], mode="bicubic").permute(0, 2, 3, 1)  # (batch, height, width, 2)
+    still = torch.eye(2, 3, device=x.device).expand(len(x), 2, 3)
+    grid = F.affine_grid(still, list(x.shape), align_corners=False) + shifts  # (batch, height, width, 2)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
 def conv(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
     """Halves the sides exactly: stride 2 with SAME padding (Appendix D.2)."""
     return nn.Conv2d(inputs, outputs, kernel, stride=2, padding=(kernel - 2) // 2)

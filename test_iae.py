@@ -194,6 +194,18 @@ def test_deformed_images_are_moved_by_no_more_than_stated_and_keep_their_range()
     assert torch.allclose(iae.deform(torch.full((3, 3, 16, 16), -1.0)), -torch.ones(1), atol=1e-5)
 
 
+def test_ripples_move_pixels_smoothly_by_the_stated_deviation_and_keep_their_range():
+    torch.manual_seed(0)
+    slope = torch.linspace(0, 1, 28).expand(400, 1, 28, 28)  # a ramp reads off how far across a pixel was moved
+    moved = (iae.ripple(slope, 0.06) - slope)[:, :, 6:-6, 6:-6] * 27 / 14  # in half sides
+    assert moved.mean().abs() < 0.003 and 0.04 < moved.std() < 0.06  # interpolation shrinks 5x5 draws a little
+    neighbours = torch.corrcoef(torch.stack([moved[..., 1:].flatten(), moved[..., :-1].flatten()]))[0, 1]
+    assert neighbours > 0.95
+    x = torch.rand(20, 3, 16, 24)
+    assert iae.ripple(x, 0.1).shape == x.shape and 0 <= iae.ripple(x, 0.1).min() and iae.ripple(x, 0.1).max() <= 1
+    assert torch.allclose(iae.ripple(x, 0.0), x, atol=1e-5)
+
+
 def test_agreement_is_the_probability_of_the_same_code():
     torch.manual_seed(0)
     model = IAE.for_images(MNIST, 4, 3, prior="categorical", agreement_weight=2.0).eval()
@@ -1370,7 +1382,8 @@ def test_many_steps_take_no_more_memory_or_time_a_step(digits, tmp_path, tiny, m
     (("--sample", 3), "--from"), (("--labels", 20), "--prior categorical"),
     (("--agreement-weight", 1), "--prior categorical"), (("--code-noise", -1), "--code-noise -1"),
     (("--image-noise", -1), "--image-noise -1"), (("--code-penalty", -1), "--code-penalty -1"),
-    (("--paired-regularization",), "--paired-regularization"),
+    (("--paired-regularization",), "--paired-regularization"), (("--elastic", 0.1), "--elastic"),
+    (("--model", "fiae", "--elastic", -1), "--elastic -1"), (("--information-weight", 1), "--information-weight"),
     (("--seeds", 1, 1), "--seeds"),
     (("--labels", 7, "--prior", "categorical"), "--labels 7"), (("--seeds", 1, 2), "--out"),
     (("--model", "fiae", "--euclidean"), "--euclidean"), (("--model", "infogan", "--noise", 3), "--noise"),
@@ -2835,7 +2848,7 @@ def test_fiae_judges_codes_in_noise():
         assert (code - clean).std().item() == pytest.approx(0.3, rel=0.1)
 
 
-def test_fiae_sees_its_images_in_noise():
+def test_fiae_sees_its_images_rippled_and_in_noise(monkeypatch):
     """image_noise: recognition network and D(x, z), whose pairs share x_hat, see it in noise; D(x) sees it clean."""
     torch.manual_seed(0)
     model = FIAE.for_images(MNIST, 4, 0, image_noise=0.2)
@@ -2853,6 +2866,10 @@ def test_fiae_sees_its_images_in_noise():
     assert len(read) == 2 and all(torch.equal(seen, noisy) for seen in (read[0], *joint))
     assert len(joint) == 3 and torch.equal(read[1], x)  # in use there is no noise
     assert torch.equal(judged[1], x_hat) and torch.equal(judged[2], x_hat)
+    model.elastic, model.image_noise = 0.06, 0.0
+    monkeypatch.setattr(fiae, "ripple", lambda x, deviation: x.flip(2) if deviation == 0.06 else None)
+    z, x_hat, noisy, z_hat = model(x)
+    assert torch.equal(noisy, x_hat.flip(2)) and torch.equal(read[-1], noisy)
 
 
 def test_fiae_code_penalty_is_of_the_joint_discriminator_by_the_code_of_the_real_pair():
@@ -2866,6 +2883,24 @@ def test_fiae_code_penalty_is_of_the_joint_discriminator_by_the_code_of_the_real
     difference = with_penalty["reconstruction_discriminator"] - bare["reconstruction_discriminator"]
     assert difference.item() == pytest.approx(0.15 * by_code.pow(2).sum(1).mean().item(), rel=1e-3)
     assert torch.equal(with_penalty["regularization_discriminator"], bare["regularization_discriminator"])
+
+
+@pytest.mark.parametrize("objective", ["gan", "paired", "kl"])
+def test_information_moves_the_generator_to_what_the_joint_discriminator_tells_apart(objective):
+    x, outcomes = torch.randn(2, 16, 2), []
+    for weight in (0.0, 0.7):
+        model = small_fiae(objective=objective, information_weight=weight)
+        torch.manual_seed(5)
+        outputs = z, x_hat, seen, z_hat = model(x)
+        loss = model.autoencoder_losses(x, *outputs)["reconstruction"]
+        outcomes.append((loss, moved_by(loss, model.generator, model.recognition)))
+    joint = model.reconstruction_discriminator
+    own = 0.7 * iae.discriminator_loss(joint(seen, z), joint(seen, z_hat).detach(), objective)
+    (bare, (of_g, of_f)), (loss, (with_g, with_f)) = outcomes
+    assert (loss - bare).item() == pytest.approx(own.item(), rel=1e-4)
+    of_own = moved_by(own, model.generator)[0]
+    assert of_own.norm() > 1e-3 and torch.allclose(with_g - of_g, of_own, atol=1e-5)
+    assert torch.allclose(with_f, of_f)  # the recognition network does not feel it
 
 
 def test_paired_regularization_is_a_relativistic_gan_whose_real_side_is_constant():

@@ -54,8 +54,10 @@ RECIPES = {
         regularization_steps=1,  # of the IAE's D(z), for each step of the others
         code_penalty=0.0,  # gamma of R1 on the code alone, in D(x, z)
         paired_regularization=False,  # the FIAE's D(x) as a relativistic GAN
+        information_weight=0.0,  # of what asks the FIAE's images to tell their codes, within the reconstruction
         code_noise=0.0,  # deviation of the noise in which the IAE's D(z), the FIAE's D(x, z) sees codes
         image_noise=0.0,  # and of that in which the FIAE's recognition network and D(x, z) see its images
+        elastic=0.0,  # deviation of the ripples in which the FIAE's recognition network and D(x, z) see its images
         agreement_weight=0.0,  # of the probability that a deformed image gets the same code
         local_scale=1.0,  # of the decoder's initial weights of n
         batch_norm=True,  # in the reconstruction discriminator
@@ -73,8 +75,10 @@ RECIPES = {
         regularization_steps=1,
         code_penalty=0.0,
         paired_regularization=False,
+        information_weight=0.0,
         code_noise=0.0,
         image_noise=0.0,
+        elastic=0.0,
         agreement_weight=0.0,
         local_scale=1.0,
         batch_norm=True,
@@ -113,13 +117,13 @@ def build_model(settings: dict) -> IAE | FIAE:
         "prior", "batch_norm", "objective", "penalty", "regularization_penalty", "reconstruction_weight",
         "regularization_weight", "positive_gradient", "agreement_weight", "code_noise", "local_scale")}
     if settings["model"] != "iae":
-        options.update({name: settings[name] for name in ("image_noise", "paired_regularization")})
+        options.update({name: settings[name] for name in ("image_noise", "elastic", "paired_regularization")})
     if settings["model"] == "infogan":
         return InfoGAN.for_images(*sizes, **options)
     options.update(noise_size=settings["noise"], conditioning=settings["conditioning"],
                    code_penalty=settings["code_penalty"])
     if settings["model"] == "fiae":
-        return FIAE.for_images(*sizes, **options)
+        return FIAE.for_images(*sizes, **options, information_weight=settings["information_weight"])
     options.update({name: settings[name] for name in ("euclidean", "regularization")})
     return IAE.for_images(*sizes, **options)
 
@@ -559,7 +563,8 @@ def checked_settings(settings: dict) -> dict:
         del kinds[name]
     found = {}
     for name, kind in kinds.items():
-        since = {"data": {}, "image_noise": 0.0, "code_penalty": 0.0, "paired_regularization": False}
+        since = {"data": {}, "image_noise": 0.0, "code_penalty": 0.0, "paired_regularization": False,
+                 "information_weight": 0.0, "elastic": 0.0}
         value = found[name] = settings.get(name, {**defaults, **since}.get(name))
         if value is None and name in ("out", "image_size"):
             continue
@@ -825,8 +830,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--regularization-steps", type=int, metavar="K", help="of the IAE's D(z) for each step of the others")
     add("--code-penalty", type=float, metavar="GAMMA", help="of R1 on the code alone, in D(x, z)")
     add("--paired-regularization", action=argparse.BooleanOptionalAction, default=None, help="of FIAE's D(x)")
+    add("--information-weight", type=float, metavar="WEIGHT", help="of FIAE's images telling their codes")
     add("--code-noise", type=float, metavar="DEVIATION", help="of noise on codes for the IAE's D(z), FIAE's D(x, z)")
     add("--image-noise", type=float, metavar="DEVIATION", help="the same for the FIAE's f and D(x, z), which see x_hat")
+    add("--elastic", type=float, metavar="DEVIATION", help="of ripples, in half sides, likewise")
     add("--agreement-weight", type=float, metavar="WEIGHT", help="of agreement on deformed images (categorical)")
     add("--local-scale", type=float, metavar="FACTOR", help="of the decoder's initial weights of n")
     add("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help="in the reconstruction discriminator")
@@ -888,8 +895,6 @@ def check(error, args: argparse.Namespace) -> None:
         error("--global 0 has no code: drop --euclidean, --positive-gradient, --noise and --prior categorical")
     if args.model != "iae" and (args.euclidean or args.no_regularization or args.labels or sizes["global"] == 0):
         error(f"--model {args.model}: --global 0, --euclidean, --no-regularization and --labels are the IAE's")
-    if args.model == "iae" and args.paired_regularization:
-        error("--paired-regularization: D(x) has it, of --model fiae or infogan")
     if args.model == "infogan" and (args.noise or args.conditioning or args.positive_gradient):
         error("--model infogan has no D(x, z) and no eps: drop --noise, --conditioning and --positive-gradient")
     if args.labels and args.prior != "categorical":
@@ -907,9 +912,12 @@ def check(error, args: argparse.Namespace) -> None:
         if not 0 < rate < 1:
             error(f"--rates {rate}: a learning rate must be above 0 and below 1")
     for name in ("penalty", "regularization_penalty", "reconstruction_weight", "regularization_weight", "code_noise",
-                 "code_penalty", "image_noise", "agreement_weight", "local_scale"):
+                 "code_penalty", "image_noise", "agreement_weight", "local_scale", "elastic", "information_weight"):
         if sizes[name] is not None and not 0 <= sizes[name] < float("inf"):
             error(f"--{name.replace('_', '-')} {sizes[name]}: must be 0 or more")
+    for name in ("image_noise", "elastic", "information_weight", "paired_regularization"):
+        if args.model == "iae" and sizes[name]:
+            error(f"--{name.replace('_', '-')} is of the flipped models; add --model fiae")
     if args.agreement_weight and args.prior != "categorical":
         error("--agreement-weight: of clusters; add --prior categorical")
     if args.beta1 is not None and not 0 <= args.beta1 < 1:
