@@ -98,7 +98,8 @@ LABELLED = dict(regularization_penalty=1.0, regularization_weight=10.0, reconstr
 # Where the model is flipped, D(x) is a plain GAN's: InfoGAN's settings, and D(x, z) as fast as the recognition network.
 FLIPPED = dict(regularization_penalty=0.0, regularization_weight=1.0, reconstruction_weight=0.3, beta1=0.5,
                rates=(1e-3, 1e-3, 1e-3, 2e-4))
-FLIPPED_GAUSSIAN = dict(FLIPPED, image_noise=0.2, code_penalty=1.0, paired_regularization=True)
+FLIPPED_GAUSSIAN = dict(FLIPPED, image_noise=0.2, elastic=0.06, code_penalty=1.0, paired_regularization=True,
+                        information_weight=1.0, reconstruction_weight=0.1)
 FLIPPED_CATEGORICAL = dict(FLIPPED, code_noise=0.3, agreement_weight=1.0, local_scale=0.5)
 CHOICES = {
     "model": ("iae", "fiae", "infogan"), "prior": ("gaussian", "categorical"), "objective": ("gan", "paired", "kl"),
