@@ -43,8 +43,8 @@ class FIAE(nn.Module):
     recognition network and D(x, z) see x_hat, so that the generator cannot hide z in details that real images do not
     have; code_penalty of D(x, z)'s gradient by the code (`discriminate`); paired_regularization, the paired objective
     for D(x) too, whose rows share nothing: a relativistic GAN (without it D(x) has Eq. 1 where D(x, z) is paired);
-    information_weight of D(x, z)'s own loss, as the generator descends it by the positive pair: its images shall let
-    D(x, z) tell z from z_hat. With constant positive pairs nothing else asks them to tell their codes.
+    information_weight, times `progress`, of D(x, z)'s own loss, as the generator descends it by the positive pair: its
+    images shall let D(x, z) tell z from z_hat. With constant positive pairs nothing else asks them to tell their codes.
     """
 
     def __init__(self, generator: nn.Module, recognition: nn.Module | None,
@@ -194,7 +194,8 @@ class FIAE(nn.Module):
         constant = real.detach() if self.objective == "paired" else None
         loss = generator_loss(real if self.positive_gradient else constant, fake, self.objective)
         if self.information_weight:  # reaches the generator alone, by x_hat
-            loss = loss + self.information_weight * discriminator_loss(real, fake.detach(), self.objective)
+            weight = self.information_weight * self.progress
+            loss = loss + weight * discriminator_loss(real, fake.detach(), self.objective)
         return loss
 
 

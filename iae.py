@@ -198,7 +198,7 @@ class JointDiscriminator(nn.Module):
     x (batch, *shape), z (batch, code_size) or None. Returns logits (batch,): log D / (1 - D), large where real.
     The code is an adaptive bias of the first layer (D.1), added before its BatchNorm and ReLU. Not in the paper:
     conditioning "projection", logits psi(x) + z . phi(x) from the last layer (Miyato and Koyama 2018), and "distance",
-    logits -|z - phi(x)|^2 / 2, where x alone says nothing: for pairs that share x, as the FIAE's do.
+    logits -|z - phi(x)|^2 / (2 code_size), where x alone says nothing: for pairs that share x, as the FIAE's do.
     """
 
     def __init__(self, shape: tuple[int, int, int], code_size: int, conditioning: str = "dependent",
@@ -232,7 +232,7 @@ class JointDiscriminator(nn.Module):
         h = self.layers(h).permute(0, 2, 3, 1).flatten(1)  # channels last, the layout of the memory: no copy
         h = self.fc(h).float()  # (batch, 1), with a projection (batch, 1 + code_size), a distance (batch, code_size)
         if self.distance:
-            return -0.5 * (z - h).pow(2).sum(1)  # (batch,)
+            return -0.5 * (z - h).pow(2).mean(1)  # (batch,)
         return h[:, 0] + (z * h[:, 1:]).sum(1) if self.projection else h.squeeze(1)  # (batch,)
 
 

@@ -142,10 +142,10 @@ def test_distance_logits_are_of_a_squared_distance_to_a_point_that_x_alone_decid
     d = JointDiscriminator(MNIST, 4, "distance").eval()
     assert count(d) == count(JointDiscriminator(MNIST, 4, "projection")) - (1024 + 1)  # no psi(x)
     x, z = torch.rand(5, *MNIST), torch.randn(5, 4)
-    at_zero = d(x, torch.zeros(5, 4))  # -|phi|^2 / 2
-    phi = torch.stack([d(x, row.expand(5, 4)) - at_zero + 0.5 for row in torch.eye(4)], 1)  # (5, 4)
+    at_zero = d(x, torch.zeros(5, 4))  # -|phi|^2 / 8
+    phi = torch.stack([4 * (d(x, row.expand(5, 4)) - at_zero) + 0.5 for row in torch.eye(4)], 1)  # (5, 4)
     assert phi.std() > 0.01
-    assert torch.allclose(d(x, z), -0.5 * (z - phi).pow(2).sum(1), atol=1e-5)
+    assert torch.allclose(d(x, z), -(z - phi).pow(2).sum(1) / 8, atol=1e-5)
     assert torch.allclose(d(x, phi), torch.zeros(5), atol=1e-5)
 
 
@@ -2890,12 +2890,13 @@ def test_information_moves_the_generator_to_what_the_joint_discriminator_tells_a
     x, outcomes = torch.randn(2, 16, 2), []
     for weight in (0.0, 0.7):
         model = small_fiae(objective=objective, information_weight=weight)
+        model.progress.fill_(0.5)
         torch.manual_seed(5)
         outputs = z, x_hat, seen, z_hat = model(x)
         loss = model.autoencoder_losses(x, *outputs)["reconstruction"]
         outcomes.append((loss, moved_by(loss, model.generator, model.recognition)))
     joint = model.reconstruction_discriminator
-    own = 0.7 * iae.discriminator_loss(joint(seen, z), joint(seen, z_hat).detach(), objective)
+    own = 0.5 * 0.7 * iae.discriminator_loss(joint(seen, z), joint(seen, z_hat).detach(), objective)
     (bare, (of_g, of_f)), (loss, (with_g, with_f)) = outcomes
     assert (loss - bare).item() == pytest.approx(own.item(), rel=1e-4)
     of_own = moved_by(own, model.generator)[0]

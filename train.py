@@ -54,7 +54,7 @@ RECIPES = {
         regularization_steps=1,  # of the IAE's D(z), for each step of the others
         code_penalty=0.0,  # gamma of R1 on the code alone, in D(x, z)
         paired_regularization=False,  # the FIAE's D(x) as a relativistic GAN
-        information_weight=0.0,  # of what asks the FIAE's images to tell their codes, within the reconstruction
+        information_weight=0.0,  # of what asks the FIAE's images to tell their codes; grows to it over training
         code_noise=0.0,  # deviation of the noise in which the IAE's D(z), the FIAE's D(x, z) sees codes
         image_noise=0.0,  # and of that in which the FIAE's recognition network and D(x, z) see its images
         elastic=0.0,  # deviation of the ripples in which the FIAE's recognition network and D(x, z) see its images
@@ -98,8 +98,8 @@ LABELLED = dict(regularization_penalty=1.0, regularization_weight=10.0, reconstr
 # Where the model is flipped, D(x) is a plain GAN's: InfoGAN's settings, and D(x, z) as fast as the recognition network.
 FLIPPED = dict(regularization_penalty=0.0, regularization_weight=1.0, reconstruction_weight=0.3, beta1=0.5,
                rates=(1e-3, 1e-3, 1e-3, 2e-4))
-FLIPPED_GAUSSIAN = dict(FLIPPED, image_noise=0.2, elastic=0.06, code_penalty=1.0, paired_regularization=True,
-                        information_weight=1.0, reconstruction_weight=0.1)
+FLIPPED_GAUSSIAN = dict(FLIPPED, image_noise=0.2, elastic=0.06, code_penalty=15.0, paired_regularization=True,
+                        information_weight=25.0, reconstruction_weight=0.5)
 FLIPPED_CATEGORICAL = dict(FLIPPED, code_noise=0.3, agreement_weight=1.0, local_scale=0.5)
 CHOICES = {
     "model": ("iae", "fiae", "infogan"), "prior": ("gaussian", "categorical"), "objective": ("gan", "paired", "kl"),
