@@ -12,6 +12,8 @@ cost is Eq. 15, KL(p(x) || p_data) + KL(p(x, z) || s(x, z)) with s(x, z) = p(x) 
     2. generator and recognition network descend -log D of the *negative* pair (x_hat, z_hat), in which x_hat moves in
        both places; the positive pair (x_hat, z) is a constant, by analogy with the IAE's footnote 1. The loss of the
        regularization GAN moves the generator alone.
+       Not in the paper: with an information_weight the positive pair moves the generator after all, *with* D(x, z).
+       It descends D(x, z)'s own loss by x_hat, where footnote 1's variant, positive_gradient, works against D(x, z).
 
 The loop is the IAE's: outputs = model(x), the tuple (z, x_hat, seen, z_hat), then model.discriminator_losses(x,
 *outputs) and, the discriminators moved, model.autoencoder_losses(x, *outputs).
@@ -183,7 +185,10 @@ class FIAE(nn.Module):
         return losses
 
     def reconstruction_loss(self, z: Tensor, seen: Tensor, z_hat: Tensor) -> Tensor:
-        """-log D(x_hat, z_hat): reaches the recognition network by z_hat, the generator by x_hat and through z_hat."""
+        """-log D(x_hat, z_hat): reaches the recognition network by z_hat, the generator by x_hat and through z_hat.
+
+        z, and with it the positive pair (x_hat, z), is a constant but for positive_gradient and information_weight.
+        """
         z, z_hat = blurred(z, self.code_noise), blurred(z_hat, self.code_noise)
         fake, real = self.reconstruction_discriminator(seen, z_hat), None
         if self.positive_gradient or self.information_weight:

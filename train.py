@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 
 try:
     import fcntl
@@ -96,11 +97,10 @@ CATEGORICAL = dict(regularization_penalty=0.3, regularization_weight=100.0, code
 # With labels, which hold every cluster in its place, both GANs are better gentle with it (README, "Discrete codes").
 LABELLED = dict(regularization_penalty=1.0, regularization_weight=10.0, reconstruction_weight=0.1)
 # Where the model is flipped, D(x) is a plain GAN's: InfoGAN's settings, and D(x, z) as fast as the recognition network.
-FLIPPED = dict(regularization_penalty=0.0, regularization_weight=1.0, reconstruction_weight=0.3, beta1=0.5,
-               rates=(1e-3, 1e-3, 1e-3, 2e-4))
+FLIPPED = dict(regularization_penalty=0.0, regularization_weight=1.0, beta1=0.5, rates=(1e-3, 1e-3, 1e-3, 2e-4))
 FLIPPED_GAUSSIAN = dict(FLIPPED, image_noise=0.2, elastic=0.06, code_penalty=15.0, paired_regularization=True,
                         information_weight=25.0, reconstruction_weight=0.5)
-FLIPPED_CATEGORICAL = dict(FLIPPED, code_noise=0.3, agreement_weight=1.0, local_scale=0.5)
+FLIPPED_CATEGORICAL = dict(FLIPPED, reconstruction_weight=0.3, code_noise=0.3, agreement_weight=1.0, local_scale=0.5)
 CHOICES = {
     "model": ("iae", "fiae", "infogan"), "prior": ("gaussian", "categorical"), "objective": ("gan", "paired", "kl"),
     "conditioning": ("dependent", "invariant", "projection", "distance"), "recipe": tuple(RECIPES),
@@ -821,28 +821,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--euclidean", action="store_true", help="squared error in place of the reconstruction GAN; case 2: the AAE")
     add("--positive-gradient", action="store_true", help="footnote 1's variant: the positive pair moves the encoder")
 
-    add = parser.add_argument_group("the recipe: what the paper leaves open").add_argument
-    add("--recipe", default="stable", choices=CHOICES["recipe"], help="sets all of the following (%(default)s)")
-    add("--objective", choices=CHOICES["objective"], help="gan: Eq. 1; paired: relativistic; kl: the f-GAN's")
-    add("--penalty", type=float, metavar="GAMMA", help="of R1 + R2 on the reconstruction discriminator")
-    add("--regularization-penalty", type=float, metavar="GAMMA", help="of R1 + R2 on the regularization discriminator")
-    add("--reconstruction-weight", type=float, metavar="WEIGHT", help="of the reconstruction GAN in what is descended")
-    add("--regularization-weight", type=float, metavar="WEIGHT", help="of the regularization GAN in what is descended")
-    add("--regularization-steps", type=int, metavar="K", help="of the IAE's D(z) for each step of the others")
-    add("--code-penalty", type=float, metavar="GAMMA", help="of R1 on the code alone, in D(x, z)")
-    add("--paired-regularization", action=argparse.BooleanOptionalAction, default=None, help="of FIAE's D(x)")
-    add("--information-weight", type=float, metavar="WEIGHT", help="of FIAE's images telling their codes, in the end")
-    add("--code-noise", type=float, metavar="DEVIATION", help="of noise on codes for the IAE's D(z), FIAE's D(x, z)")
-    add("--image-noise", type=float, metavar="DEVIATION", help="the same for the FIAE's f and D(x, z), which see x_hat")
-    add("--elastic", type=float, metavar="DEVIATION", help="likewise, of ripples, in half sides")
-    add("--agreement-weight", type=float, metavar="WEIGHT", help="of agreement on deformed images (categorical)")
-    add("--local-scale", type=float, metavar="FACTOR", help="of the decoder's initial weights of n")
-    add("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help="in the reconstruction discriminator")
-    add("--rates", type=float, nargs=4, metavar=("F", "G", "DX", "DZ"),
-        help="learning rates of encoder, decoder, reconstruction and regularization discriminator")
-    add("--beta1", type=float, help="of Adam")
-    add("--decay", type=float, metavar="SHARE", help="of training, at its end, over which the rates fall to zero")
-    add("--averaging", type=float, metavar="DECAY", help="of the averaged weights, which are the ones used")
+    recipe_flags(parser.add_argument_group("the recipe: what the paper leaves open").add_argument)
 
     add = parser.add_argument_group("data and training").add_argument
     add("--dataset", default="mnist", metavar="NAME",
@@ -882,6 +861,31 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     given = {name for name, value in vars(again).items() if value is not unset}
     check(parser.error, args)
     return args, given
+
+
+def recipe_flags(add: Callable) -> None:
+    """The flags of what a recipe sets; None where they are not given."""
+    add("--recipe", default="stable", choices=CHOICES["recipe"], help="sets all of the following (%(default)s)")
+    add("--objective", choices=CHOICES["objective"], help="gan: Eq. 1; paired: relativistic; kl: the f-GAN's")
+    add("--penalty", type=float, metavar="GAMMA", help="of R1 + R2 on the reconstruction discriminator")
+    add("--regularization-penalty", type=float, metavar="GAMMA", help="of R1 + R2 on the regularization discriminator")
+    add("--reconstruction-weight", type=float, metavar="WEIGHT", help="of the reconstruction GAN in what is descended")
+    add("--regularization-weight", type=float, metavar="WEIGHT", help="of the regularization GAN in what is descended")
+    add("--regularization-steps", type=int, metavar="K", help="of the IAE's D(z) for each step of the others")
+    add("--code-penalty", type=float, metavar="GAMMA", help="of R1 on the code alone, in D(x, z)")
+    add("--paired-regularization", action=argparse.BooleanOptionalAction, default=None, help="of FIAE's D(x)")
+    add("--information-weight", type=float, metavar="WEIGHT", help="of FIAE's images telling their codes, in the end")
+    add("--code-noise", type=float, metavar="DEVIATION", help="of noise on codes for the IAE's D(z), FIAE's D(x, z)")
+    add("--image-noise", type=float, metavar="DEVIATION", help="the same for the FIAE's f and D(x, z), which see x_hat")
+    add("--elastic", type=float, metavar="DEVIATION", help="likewise, of ripples, in half sides")
+    add("--agreement-weight", type=float, metavar="WEIGHT", help="of agreement on deformed images (categorical)")
+    add("--local-scale", type=float, metavar="FACTOR", help="of the decoder's initial weights of n")
+    add("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help="in the reconstruction discriminator")
+    add("--rates", type=float, nargs=4, metavar=("F", "G", "DX", "DZ"),
+        help="learning rates of encoder, decoder, reconstruction and regularization discriminator")
+    add("--beta1", type=float, help="of Adam")
+    add("--decay", type=float, metavar="SHARE", help="of training, at its end, over which the rates fall to zero")
+    add("--averaging", type=float, metavar="DECAY", help="of the averaged weights, which are the ones used")
 
 
 def check(error, args: argparse.Namespace) -> None:
