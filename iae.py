@@ -340,7 +340,7 @@ class IAE(nn.Module):
 
     Section 2's cases: 1 local_size 0 without regularization, 2 local_size 0, 3 without regularization, 4 as it is.
     Not in the paper: code_penalty of D(x, z)'s gradient by the code (`discriminate`); for a categorical z
-    agreement_weight of `agreement_loss`, code_noise of D(z)'s `blurred` codes.
+    agreement_weight of `agreement_loss`, elastic (`ripple`) of its deformed images, code_noise of D(z)'s `blurred` codes.
     """
 
     def __init__(self, encoder: nn.Module | None, decoder: nn.Module, reconstruction_discriminator: nn.Module | None,
@@ -348,7 +348,8 @@ class IAE(nn.Module):
                  local_size: int, noise_size: int = 0, prior: str = "gaussian", objective: str = "gan",
                  penalty: float = 0.0, regularization_penalty: float | None = None, positive_gradient: bool = False,
                  reconstruction_weight: float = 1.0, regularization_weight: float = 1.0,
-                 agreement_weight: float = 0.0, code_noise: float = 0.0, code_penalty: float = 0.0):
+                 agreement_weight: float = 0.0, elastic: float = 0.0, code_noise: float = 0.0,
+                 code_penalty: float = 0.0):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.reconstruction_discriminator = reconstruction_discriminator
@@ -358,7 +359,8 @@ class IAE(nn.Module):
         self.objective, self.penalty, self.positive_gradient = objective, penalty, positive_gradient
         self.reconstruction_weight, self.regularization_weight = reconstruction_weight, regularization_weight
         self.regularization_penalty = penalty if regularization_penalty is None else regularization_penalty
-        self.agreement_weight, self.code_noise, self.code_penalty = agreement_weight, code_noise, code_penalty
+        self.agreement_weight, self.elastic = agreement_weight, elastic
+        self.code_noise, self.code_penalty = code_noise, code_penalty
         self.register_buffer("fitted_mean", torch.zeros(global_size))  # of `fit_gaussian`
         self.register_buffer("fitted_factor", torch.eye(global_size))
 
@@ -481,11 +483,16 @@ class IAE(nn.Module):
             fake = self.regularization_discriminator(blurred(z_hat, self.code_noise))
             losses["regularization"] = self.regularization_weight * generator_loss(None, fake, objective)
         if self.agreement_weight:
-            losses["agreement"] = self.agreement_weight * agreement_loss(z_hat, self.encode(deform(x)))  # the encoder's
+            copies = self.encode(self.deformed(x))  # (batch, global_size)
+            losses["agreement"] = self.agreement_weight * agreement_loss(z_hat, copies)  # the encoder's
         return losses
+
+    def deformed(self, x: Tensor) -> Tensor:
+        """The copies of images x that should get the same code: deformed, and rippled where `elastic` says so."""
+        return ripple(deform(x), self.elastic) if self.elastic else deform(x)
 
     def classification_loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of q(z|x) at labels y (batch,) in [0, global_size), for a categorical z (Section 2.1.2,
         "Semi-Supervised Learning"): what the encoder descends on labelled images x besides the adversarial costs.
         With an agreement_weight the images are deformed, as they are there."""
-        return F.cross_entropy(self.logits(deform(x) if self.agreement_weight else x), y)
+        return F.cross_entropy(self.logits(self.deformed(x) if self.agreement_weight else x), y)

@@ -219,6 +219,22 @@ def test_agreement_is_the_probability_of_the_same_code():
     assert told["agreement"].item() == pytest.approx(2 * by_hand, rel=1e-5)
 
 
+def test_images_that_should_get_the_same_code_are_deformed_then_rippled(monkeypatch):
+    model = IAE.for_images(MNIST, 4, 3, prior="categorical", agreement_weight=1.0, elastic=0.06).eval()
+    x, y = torch.rand(6, *MNIST), torch.arange(6) % 4
+    monkeypatch.setattr(iae, "deform", lambda x: x / 2)
+    monkeypatch.setattr(iae, "ripple", lambda x, deviation: x + deviation)
+    seen = x / 2 + 0.06
+    told = model.autoencoder_losses(x, model.encode(x), x)
+    assert told["agreement"].item() == pytest.approx(iae.agreement_loss(model.encode(x), model.encode(seen)).item())
+    cross_entropy = torch.nn.functional.cross_entropy
+    assert model.classification_loss(x, y).item() == pytest.approx(cross_entropy(model.logits(seen), y).item())
+    model.elastic = 0.0
+    assert model.classification_loss(x, y).item() == pytest.approx(cross_entropy(model.logits(x / 2), y).item())
+    model.agreement_weight = 0.0
+    assert model.classification_loss(x, y).item() == pytest.approx(cross_entropy(model.logits(x), y).item())
+
+
 def test_the_literal_layer_order_cannot_train_and_ours_can():
     """"FC ReLU. BN" then "FC 1": with real and fake in separate passes the mean logit is the bias on both sides."""
     torch.manual_seed(0)

@@ -58,7 +58,7 @@ RECIPES = {
         information_weight=0.0,  # of what asks the FIAE's images to tell their codes; grows to it over training
         code_noise=0.0,  # deviation of the noise in which the IAE's D(z), the FIAE's D(x, z) sees codes
         image_noise=0.0,  # and of that in which the FIAE's recognition network and D(x, z) see its images
-        elastic=0.0,  # deviation of the ripples in which the FIAE's recognition network and D(x, z) see its images
+        elastic=0.0,  # of ripples in what the FIAE's recognition network and D(x, z) see, in the IAE's deformed copies
         agreement_weight=0.0,  # of the probability that a deformed image gets the same code
         local_scale=1.0,  # of the decoder's initial weights of n
         batch_norm=True,  # in the reconstruction discriminator
@@ -116,9 +116,9 @@ def build_model(settings: dict) -> IAE | FIAE:
     sizes = tuple(settings["shape"]), settings["global"], settings["local"]
     options = {name: settings[name] for name in (
         "prior", "batch_norm", "objective", "penalty", "regularization_penalty", "reconstruction_weight",
-        "regularization_weight", "positive_gradient", "agreement_weight", "code_noise", "local_scale")}
+        "regularization_weight", "positive_gradient", "agreement_weight", "elastic", "code_noise", "local_scale")}
     if settings["model"] != "iae":
-        options.update({name: settings[name] for name in ("image_noise", "elastic", "paired_regularization")})
+        options.update({name: settings[name] for name in ("image_noise", "paired_regularization")})
     if settings["model"] == "infogan":
         return InfoGAN.for_images(*sizes, **options)
     options.update(noise_size=settings["noise"], conditioning=settings["conditioning"],
@@ -877,7 +877,8 @@ def recipe_flags(add: Callable) -> None:
     add("--information-weight", type=float, metavar="WEIGHT", help="of FIAE's images telling their codes, in the end")
     add("--code-noise", type=float, metavar="DEVIATION", help="of noise on codes for the IAE's D(z), FIAE's D(x, z)")
     add("--image-noise", type=float, metavar="DEVIATION", help="the same for the FIAE's f and D(x, z), which see x_hat")
-    add("--elastic", type=float, metavar="DEVIATION", help="likewise, of ripples, in half sides")
+    add("--elastic", type=float, metavar="DEVIATION",
+        help="likewise, of ripples, in half sides; in the IAE of clusters, of deformed images")
     add("--agreement-weight", type=float, metavar="WEIGHT", help="of agreement on deformed images (categorical)")
     add("--local-scale", type=float, metavar="FACTOR", help="of the decoder's initial weights of n")
     add("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help="in the reconstruction discriminator")
@@ -920,9 +921,11 @@ def check(error, args: argparse.Namespace) -> None:
                  "code_penalty", "image_noise", "agreement_weight", "local_scale", "elastic", "information_weight"):
         if sizes[name] is not None and not 0 <= sizes[name] < float("inf"):
             error(f"--{name.replace('_', '-')} {sizes[name]}: must be 0 or more")
-    for name in ("image_noise", "elastic", "information_weight", "paired_regularization"):
+    for name in ("image_noise", "information_weight", "paired_regularization"):
         if args.model == "iae" and sizes[name]:
             error(f"--{name.replace('_', '-')} is of the flipped models; add --model fiae")
+    if args.elastic and args.model == "iae" and args.prior != "categorical":
+        error("--elastic: of the IAE's clusters and of the flipped models; add --prior categorical or --model fiae")
     if args.agreement_weight and args.prior != "categorical":
         error("--agreement-weight: of clusters; add --prior categorical")
     if args.beta1 is not None and not 0 <= args.beta1 < 1:
