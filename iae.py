@@ -340,7 +340,8 @@ class IAE(nn.Module):
 
     Section 2's cases: 1 local_size 0 without regularization, 2 local_size 0, 3 without regularization, 4 as it is.
     Not in the paper: code_penalty of D(x, z)'s gradient by the code (`discriminate`); for a categorical z
-    agreement_weight of `agreement_loss`, elastic (`ripple`) of its deformed images, code_noise of D(z)'s `blurred` codes.
+    agreement_weight of `agreement_loss`, elastic (`ripple`) of its deformed images, code_noise of D(z)'s `blurred`
+    codes.
     """
 
     def __init__(self, encoder: nn.Module | None, decoder: nn.Module, reconstruction_discriminator: nn.Module | None,
