@@ -309,6 +309,19 @@ def agreement_loss(p: Tensor, q: Tensor) -> Tensor:
     return -(p * q).sum(1).clamp(min=1e-6).log().mean()
 
 
+def decorrelation_loss(z: Tensor) -> Tensor:
+    """The sum of the squared covariances between different dimensions of codes z (..., batch, K), over K.
+
+    Not in the paper; the covariance cost of VICReg (Bardes et al. 2022). It is zero under p(z) = N(0, I), as D(z) would
+    have it of q(z), but for the chance of a batch, which leaves (K - 1) / (batch - 1).
+    """
+    centred = z.float() - z.float().mean(-2, keepdim=True)  # (..., batch, K)
+    with torch.autocast(z.device.type, enabled=False):  # bfloat16 would round the small covariances away
+        covariance = centred.mT @ centred / (z.shape[-2] - 1)  # (..., K, K)
+    squares = covariance.pow(2)
+    return ((squares.sum((-2, -1)) - squares.diagonal(dim1=-2, dim2=-1).sum(-1)) / z.shape[-1]).mean()
+
+
 def discriminate(discriminator: nn.Module, real: tuple, fake: tuple, objective: str = "gan",
                  penalty: float = 0.0, code_penalty: float = 0.0) -> Tensor:
     """What `discriminator` descends: `discriminator_loss` and (penalty / 2) (R1 + R2), E |dD/dinputs|^2 on both sides.
@@ -339,9 +352,9 @@ class IAE(nn.Module):
     GAN by the Euclidean cost (with regularization: the AAE); regularization_discriminator None drops KL(q(z) || p(z)).
 
     Section 2's cases: 1 local_size 0 without regularization, 2 local_size 0, 3 without regularization, 4 as it is.
-    Not in the paper: code_penalty of D(x, z)'s gradient by the code (`discriminate`); for a categorical z
-    agreement_weight of `agreement_loss`, elastic (`ripple`) of its deformed images, code_noise of D(z)'s `blurred`
-    codes.
+    Not in the paper: code_penalty of D(x, z)'s gradient by the code (`discriminate`); for a Gaussian z
+    decorrelation_weight of `decorrelation_loss`; for a categorical z agreement_weight of `agreement_loss`, elastic
+    (`ripple`) of its deformed images, code_noise of D(z)'s `blurred` codes.
     """
 
     def __init__(self, encoder: nn.Module | None, decoder: nn.Module, reconstruction_discriminator: nn.Module | None,
@@ -350,7 +363,7 @@ class IAE(nn.Module):
                  penalty: float = 0.0, regularization_penalty: float | None = None, positive_gradient: bool = False,
                  reconstruction_weight: float = 1.0, regularization_weight: float = 1.0,
                  agreement_weight: float = 0.0, elastic: float = 0.0, code_noise: float = 0.0,
-                 code_penalty: float = 0.0):
+                 code_penalty: float = 0.0, decorrelation_weight: float = 0.0):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.reconstruction_discriminator = reconstruction_discriminator
@@ -362,6 +375,7 @@ class IAE(nn.Module):
         self.regularization_penalty = penalty if regularization_penalty is None else regularization_penalty
         self.agreement_weight, self.elastic = agreement_weight, elastic
         self.code_noise, self.code_penalty = code_noise, code_penalty
+        self.decorrelation_weight = decorrelation_weight
         self.register_buffer("fitted_mean", torch.zeros(global_size))  # of `fit_gaussian`
         self.register_buffer("fitted_factor", torch.eye(global_size))
 
@@ -483,6 +497,8 @@ class IAE(nn.Module):
             objective = "gan" if self.objective == "paired" else self.objective
             fake = self.regularization_discriminator(blurred(z_hat, self.code_noise))
             losses["regularization"] = self.regularization_weight * generator_loss(None, fake, objective)
+        if self.decorrelation_weight and z_hat is not None:
+            losses["decorrelation"] = self.decorrelation_weight * decorrelation_loss(z_hat)  # the encoder's
         if self.agreement_weight:
             copies = self.encode(self.deformed(x))  # (batch, global_size)
             losses["agreement"] = self.agreement_weight * agreement_loss(z_hat, copies)  # the encoder's

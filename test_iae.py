@@ -219,6 +219,24 @@ def test_agreement_is_the_probability_of_the_same_code():
     assert told["agreement"].item() == pytest.approx(2 * by_hand, rel=1e-5)
 
 
+def test_decorrelation_is_of_the_covariances_of_different_dimensions_and_moves_the_encoder_alone():
+    torch.manual_seed(0)
+    z = torch.randn(2, 50, 4) @ torch.randn(4, 4) + 3  # two models' codes
+    covariances = [np.cov(codes, rowvar=False) for codes in z.numpy()]
+    by_hand = np.mean([sum(c[i, j] ** 2 for i in range(4) for j in range(4) if i != j) / 4 for c in covariances])
+    assert iae.decorrelation_loss(z).item() == pytest.approx(by_hand, rel=1e-5)
+    draws = iae.decorrelation_loss(torch.randn(1000, 9, 21)).item()  # N(0, I): what the chance of a batch leaves
+    assert draws == pytest.approx(20 / 8, rel=0.02)
+    model = IAE.for_images(MNIST, 4, 3, decorrelation_weight=2.0)
+    x = torch.rand(6, *MNIST)
+    z_hat, x_hat = model(x)
+    loss = model.autoencoder_losses(x, z_hat, x_hat)["decorrelation"]
+    assert loss.item() == pytest.approx(2 * iae.decorrelation_loss(z_hat).item())
+    assert [g is not None for g in moved_by(loss, model.encoder, model.decoder)] == [True, False]
+    model.decorrelation_weight = 0.0
+    assert "decorrelation" not in model.autoencoder_losses(x, z_hat, x_hat)
+
+
 def test_images_that_should_get_the_same_code_are_deformed_then_rippled(monkeypatch):
     model = IAE.for_images(MNIST, 4, 3, prior="categorical", agreement_weight=1.0, elastic=0.06).eval()
     x, y = torch.rand(6, *MNIST), torch.arange(6) % 4
@@ -1398,6 +1416,9 @@ def test_many_steps_take_no_more_memory_or_time_a_step(digits, tmp_path, tiny, m
     (("--sample", 3), "--from"), (("--labels", 20), "--prior categorical"),
     (("--agreement-weight", 1), "--prior categorical"), (("--code-noise", -1), "--code-noise -1"),
     (("--image-noise", -1), "--image-noise -1"), (("--code-penalty", -1), "--code-penalty -1"),
+    (("--decorrelation-weight", -1), "--decorrelation-weight -1"),
+    (("--decorrelation-weight", 1, "--prior", "categorical"), "--decorrelation-weight"),
+    (("--decorrelation-weight", 1, "--model", "fiae"), "--decorrelation-weight"),
     (("--paired-regularization",), "--paired-regularization"), (("--elastic", 0.1), "--elastic"),
     (("--model", "fiae", "--elastic", -1), "--elastic -1"), (("--information-weight", 1), "--information-weight"),
     (("--seeds", 1, 1), "--seeds"),

@@ -54,6 +54,7 @@ RECIPES = {
         regularization_weight=1.0,  # of the regularization GAN's
         regularization_steps=1,  # of the IAE's D(z), for each step of the others
         code_penalty=0.0,  # gamma of R1 on the code alone, in D(x, z)
+        decorrelation_weight=0.0,  # of the covariances between the dimensions of the IAE's Gaussian code
         paired_regularization=False,  # the FIAE's D(x) as a relativistic GAN
         information_weight=0.0,  # of what asks the FIAE's images to tell their codes; grows to it over training
         code_noise=0.0,  # deviation of the noise in which the IAE's D(z), the FIAE's D(x, z) sees codes
@@ -75,6 +76,7 @@ RECIPES = {
         regularization_weight=10.0,
         regularization_steps=1,
         code_penalty=0.0,
+        decorrelation_weight=0.0,
         paired_regularization=False,
         information_weight=0.0,
         code_noise=0.0,
@@ -125,7 +127,7 @@ def build_model(settings: dict) -> IAE | FIAE:
                    code_penalty=settings["code_penalty"])
     if settings["model"] == "fiae":
         return FIAE.for_images(*sizes, **options, information_weight=settings["information_weight"])
-    options.update({name: settings[name] for name in ("euclidean", "regularization")})
+    options.update({name: settings[name] for name in ("euclidean", "regularization", "decorrelation_weight")})
     return IAE.for_images(*sizes, **options)
 
 
@@ -565,7 +567,7 @@ def checked_settings(settings: dict) -> dict:
     found = {}
     for name, kind in kinds.items():
         since = {"data": {}, "image_noise": 0.0, "code_penalty": 0.0, "paired_regularization": False,
-                 "information_weight": 0.0, "elastic": 0.0}
+                 "information_weight": 0.0, "elastic": 0.0, "decorrelation_weight": 0.0}
         value = found[name] = settings.get(name, {**defaults, **since}.get(name))
         if value is None and name in ("out", "image_size"):
             continue
@@ -873,6 +875,8 @@ def recipe_flags(add: Callable) -> None:
     add("--regularization-weight", type=float, metavar="WEIGHT", help="of the regularization GAN in what is descended")
     add("--regularization-steps", type=int, metavar="K", help="of the IAE's D(z) for each step of the others")
     add("--code-penalty", type=float, metavar="GAMMA", help="of R1 on the code alone, in D(x, z)")
+    add("--decorrelation-weight", type=float, metavar="WEIGHT",
+        help="of the squared covariances between the dimensions of the IAE's Gaussian code")
     add("--paired-regularization", action=argparse.BooleanOptionalAction, default=None, help="of FIAE's D(x)")
     add("--information-weight", type=float, metavar="WEIGHT", help="of FIAE's images telling their codes, in the end")
     add("--code-noise", type=float, metavar="DEVIATION", help="of noise on codes for the IAE's D(z), FIAE's D(x, z)")
@@ -918,7 +922,8 @@ def check(error, args: argparse.Namespace) -> None:
         if not 0 < rate < 1:
             error(f"--rates {rate}: a learning rate must be above 0 and below 1")
     for name in ("penalty", "regularization_penalty", "reconstruction_weight", "regularization_weight", "code_noise",
-                 "code_penalty", "image_noise", "agreement_weight", "local_scale", "elastic", "information_weight"):
+                 "code_penalty", "image_noise", "agreement_weight", "local_scale", "elastic", "information_weight",
+                 "decorrelation_weight"):
         if sizes[name] is not None and not 0 <= sizes[name] < float("inf"):
             error(f"--{name.replace('_', '-')} {sizes[name]}: must be 0 or more")
     for name in ("image_noise", "information_weight", "paired_regularization"):
@@ -926,6 +931,8 @@ def check(error, args: argparse.Namespace) -> None:
             error(f"--{name.replace('_', '-')} is of the flipped models; add --model fiae")
     if args.elastic and args.model == "iae" and args.prior != "categorical":
         error("--elastic: of the IAE's clusters and of the flipped models; add --prior categorical or --model fiae")
+    if args.decorrelation_weight and (args.model != "iae" or args.prior != "gaussian" or sizes["global"] == 0):
+        error("--decorrelation-weight: of the IAE's Gaussian code; drop it, or --model, --prior, --global 0")
     if args.agreement_weight and args.prior != "categorical":
         error("--agreement-weight: of clusters; add --prior categorical")
     if args.beta1 is not None and not 0 <= args.beta1 < 1:
