@@ -77,6 +77,14 @@ def deform(x: Tensor) -> Tensor:
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
+def shift(x: Tensor, most: int) -> Tensor:
+    """Images x (batch, channels, height, width), all moved alike, at random, by up to `most` pixels each way.
+
+    Pixels of the border fill what opens beyond it."""
+    down, right = torch.randint(2 * most + 1, (2,)).tolist()
+    return F.pad(x, (most,) * 4, mode="replicate")[:, :, down:down + x.shape[2], right:right + x.shape[3]]
+
+
 def ripple(x: Tensor, deviation: float) -> Tensor:
     """Each of the images x (batch, channels, height, width) with its pixels moved by a smooth random field.
 

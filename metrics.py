@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import InputError, save
-from iae import to_range
+from iae import shift, to_range
 
 SIMILAR_DIGITS = ((3, 5, 8), (4, 9))  # Section 2.1.1: "visually similar digits such as {3, 5, 8} or {4, 9}"
 
@@ -81,9 +81,7 @@ def fixed_classifier(x: Tensor, y: Tensor, folder: str, epochs: int | None = Non
             optimizer.zero_grad()
             images = to_range(x[rows], shape)
             if colour:
-                down, right = torch.randint(5, (2,)).tolist()
-                images = F.pad(images, (2, 2, 2, 2), mode="replicate")
-                images = images[:, :, down:down + shape[1], right:right + shape[2]]
+                images = shift(images, 2)
             logits = classifier(images)
             if y.dim() == 1:
                 F.cross_entropy(logits, y[rows].long()).backward()

@@ -206,6 +206,29 @@ def test_ripples_move_pixels_smoothly_by_the_stated_deviation_and_keep_their_ran
     assert torch.allclose(iae.ripple(x, 0.0), x, atol=1e-5)
 
 
+def test_shift_moves_whole_pixels_and_fills_from_the_border():
+    torch.manual_seed(0)
+    x, found = torch.rand(3, 3, 16, 24), set()
+    for _ in range(200):
+        moved = iae.shift(x, 1)
+        fits = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)
+                if torch.equal(moved[:, :, 1:-1, 1:-1], x[:, :, 1 + down:15 + down, 1 + right:23 + right])]
+        assert len(fits) == 1 and moved.shape == x.shape
+        if fits == [(1, 0)]:
+            assert torch.equal(moved[:, :, -1], x[:, :, -1])
+        found.update(fits)
+    assert len(found) == 9 and torch.equal(iae.shift(x, 0), x)
+
+
+def test_training_images_are_moved_where_shift_says_so(digits, tmp_path, monkeypatch):
+    step, seen = train.train_step, []
+    monkeypatch.setattr(train, "shift", lambda x, most: x * 0 + most)
+    monkeypatch.setattr(train, "train_step", lambda run, x, few: seen.append(x.max().item()) or step(run, x, few))
+    for pixels in (2, 0):
+        run("--dataset", digits, "--steps", 2, "--batch-size", 4, "--shift", pixels, "--out", tmp_path / str(pixels))
+    assert seen[:2] == [2, 2] and len(seen) == 4 and 0.5 < min(seen[2:]) and max(seen[2:]) <= 1
+
+
 def test_agreement_is_the_probability_of_the_same_code():
     torch.manual_seed(0)
     model = IAE.for_images(MNIST, 4, 3, prior="categorical", agreement_weight=2.0).eval()
@@ -1416,7 +1439,7 @@ def test_many_steps_take_no_more_memory_or_time_a_step(digits, tmp_path, tiny, m
     (("--sample", 3), "--from"), (("--labels", 20), "--prior categorical"),
     (("--agreement-weight", 1), "--prior categorical"), (("--code-noise", -1), "--code-noise -1"),
     (("--image-noise", -1), "--image-noise -1"), (("--code-penalty", -1), "--code-penalty -1"),
-    (("--decorrelation-weight", -1), "--decorrelation-weight -1"),
+    (("--decorrelation-weight", -1), "--decorrelation-weight -1"), (("--shift", 9), "--shift 9"),
     (("--decorrelation-weight", 1, "--prior", "categorical"), "--decorrelation-weight"),
     (("--decorrelation-weight", 1, "--model", "fiae"), "--decorrelation-weight"),
     (("--paired-regularization",), "--paired-regularization"), (("--elastic", 0.1), "--elastic"),

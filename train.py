@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import InputError, batch_indices, brief, fingerprints, load_dataset
 from fiae import FIAE, InfoGAN
-from iae import IAE, to_range, to_uint8
+from iae import IAE, shift, to_range, to_uint8
 from metrics import (assignments, draw, draw_local, evaluate, evaluate_clusters, fixed_classifier,
                      variance_map)
 
@@ -355,7 +355,8 @@ def train(run: Run, data: dict, folder: str, stop: Stop) -> bool:
             few = batch_indices(len(chosen), min(len(chosen), settings["batch_size"]), run.step, settings["seed"])
             few = chosen[few.to(run.device)]
             labelled = to_range(x_train[few], run.model.shape), data["train"].y[few].long()
-        losses = train_step(run, to_range(x_train[rows], run.model.shape), labelled)
+        x = to_range(x_train[rows], run.model.shape)
+        losses = train_step(run, shift(x, settings["shift"]) if settings["shift"] else x, labelled)
 
         last = run.step == settings["steps"] or stop.asked
         if run.step % 20 and not last:
@@ -843,6 +844,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--label-seed", type=int, metavar="SEED", help="of the draw of these labels (that of the run)")
     add("--validation", type=int, default=0, metavar="N",
         help="hold N training images out and measure on them, not on the test set: for choosing settings (%(default)s)")
+    add("--shift", type=int, default=0, metavar="PIXELS",
+        help="move each batch of training images at random by up to so much each way (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     add("--precision", default="auto", choices=CHOICES["precision"], help="auto: bf16 where it is fast (%(default)s)")
     add("--capture", action=argparse.BooleanOptionalAction, default=True,
@@ -896,7 +899,7 @@ def recipe_flags(add: Callable) -> None:
 def check(error, args: argparse.Namespace) -> None:
     """Calls `error` (argparse's: usage and one line) with a message where a number is out of range."""
     sizes = vars(args)
-    for name in ("global", "local", "noise", "validation", "seed", "labels", "label_seed"):
+    for name in ("global", "local", "noise", "validation", "seed", "labels", "label_seed", "shift"):
         if sizes[name] is not None and not 0 <= sizes[name] < 2**31:
             error(f"--{name.replace('_', '-')} {sizes[name]}: must be from 0 to {2**31 - 1}")
     if args.local == 0 and sizes["global"] == 0:
@@ -918,6 +921,8 @@ def check(error, args: argparse.Namespace) -> None:
             error(f"--{name.replace('_', '-')} {sizes[name]}: must be more than 0")
     if args.regularization_steps is not None and args.regularization_steps < 1:
         error(f"--regularization-steps {args.regularization_steps}: must be 1 or more")
+    if args.shift > 8:
+        error(f"--shift {args.shift}: at most 8 pixels, or digits leave their pictures")
     for rate in args.rates or ():
         if not 0 < rate < 1:
             error(f"--rates {rate}: a learning rate must be above 0 and below 1")
