@@ -505,7 +505,7 @@ class IAE(nn.Module):
             objective = "gan" if self.objective == "paired" else self.objective
             fake = self.regularization_discriminator(blurred(z_hat, self.code_noise))
             losses["regularization"] = self.regularization_weight * generator_loss(None, fake, objective)
-        if self.decorrelation_weight and z_hat is not None:
+        if self.decorrelation_weight:
             losses["decorrelation"] = self.decorrelation_weight * decorrelation_loss(z_hat)  # the encoder's
         if self.agreement_weight:
             copies = self.encode(self.deformed(x))  # (batch, global_size)
