@@ -22,19 +22,30 @@ from iae import shift, to_range
 SIMILAR_DIGITS = ((3, 5, 8), (4, 9))  # Section 2.1.1: "visually similar digits such as {3, 5, 8} or {4, 9}"
 
 
+def conv_bn_relu(inputs: int, outputs: int) -> nn.Sequential:
+    """(batch, inputs, height, width) -> (batch, outputs, height, width)."""
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
 class Classifier(nn.Module):
     """A small fixed convolutional classifier: the judge of label preservation, and the feature space of the distances.
 
-    x (batch, *shape) in the network's range; `features` (batch, 128), `forward` logits (batch, classes).
+    x (batch, *shape) in the network's range; `features` (batch, 128), `forward` logits (batch, classes). Two
+    convolutions are right on 99.2 % of MNIST but on 89 % of SVHN's subset: colour gets five, with BatchNorm.
     """
 
     def __init__(self, shape: tuple[int, int, int], classes: int):
         super().__init__()
         channels, height, width = shape
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-            nn.Dropout(0.25), nn.Linear(64 * (height // 4) * (width // 4), 128), nn.ReLU())
+        if channels == 3:
+            layers = [conv_bn_relu(3, 32), nn.MaxPool2d(2), conv_bn_relu(32, 64), conv_bn_relu(64, 64), nn.MaxPool2d(2),
+                      conv_bn_relu(64, 128), conv_bn_relu(128, 128), nn.MaxPool2d(2)]
+            flat = 128 * (height // 8) * (width // 8)
+        else:
+            layers = [nn.Conv2d(channels, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+                      nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+            flat = 64 * (height // 4) * (width // 4)
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.25), nn.Linear(flat, 128), nn.ReLU())
         self.last = nn.Sequential(nn.Dropout(0.5), nn.Linear(128, classes))
 
     def features(self, x: Tensor) -> Tensor:
@@ -48,8 +59,8 @@ class Classifier(nn.Module):
 def fixed_classifier(x: Tensor, y: Tensor, folder: str, epochs: int | None = None) -> Classifier:
     """The classifier of the training set x (uint8), y: trained once with a fixed seed, then read from `folder`.
 
-    y (count,) are class labels; y (count, attributes) of 0 and 1, as CelebA's, are learned one by one. Few and colour
-    images get more epochs, shifted by up to two pixels.
+    y (count,) are class labels; y (count, attributes) of 0 and 1, as CelebA's, are learned one by one. Colour images
+    are shifted by up to two pixels, and seen 200,000 times in all, each 3 to 20 times (grey ones 8 times).
 
     The file's name holds a hash of the data, so that another data set never meets the wrong judge. On MNIST it is
     right on 99.2 % of the test images or more; `evaluate` reports the measured number beside what it judges.
@@ -57,12 +68,12 @@ def fixed_classifier(x: Tensor, y: Tensor, folder: str, epochs: int | None = Non
     shape = tuple(x.shape[1:])
     classes = int(y.max()) + 1 if y.dim() == 1 else y.shape[1]
     colour = shape[0] == 3
-    epochs = epochs or (24 if colour else 8)
+    epochs = epochs or (min(20, max(3, 200_000 // len(x))) if colour else 8)
     digest = hashlib.sha256(x.cpu().numpy().tobytes() + y.cpu().numpy().tobytes()).hexdigest()[:12]
     path = os.path.join(folder, f"classifier-{digest}-{classes}-{epochs}.pt")
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.manual_seed(0)
-        classifier = Classifier(shape, classes).to(x.device)
+        classifier = Classifier(shape, classes).to(x.device, memory_format=torch.channels_last)
         if os.path.exists(path):
             try:
                 classifier.load_state_dict(torch.load(path, map_location=x.device, weights_only=True))
@@ -422,6 +433,7 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
         numbers = {"test_images": len(x_test)}
         if z is not None:
             numbers["reconstruction_mse"] = (x_hat[0] - x).square().mean().item()
+            numbers["contrast"] = (x_hat[0].std() / x.std()).item()
             diverse = x_test[:1000]
             numbers["local_diversity"] = local_diversity(draw(model, diverse, draws=10)[1], to_range(diverse, shape))
             prior = model.sample_codes(len(z), **how)
@@ -477,8 +489,9 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
         if shape == (1, 28, 28) and len(shares) == 10:
             numbers["confusions_similar"], numbers["confusions_similar_chance"] = similar_share(matrix)
         rows = torch.randperm(len(train[0]))[:count].to(device)
-        z_train = torch.cat([model.encode(to_range(part, shape)) for part in train[0][rows].split(500)])
-        numbers["linear_probe"] = linear_probe(z_train, train[1][rows].long(), z, y)
+        y_train, (z_train, seen) = train[1][rows].long(), draw(model, train[0][rows])
+        numbers["labels_kept_training"] = (classifier(seen[0]).argmax(1) == y_train).double().mean().item()
+        numbers["linear_probe"] = linear_probe(z_train, y_train, z, y)
     return numbers
 
 
@@ -531,7 +544,8 @@ def table(paths: list[str]) -> str:
         *number("labels kept, %", "labels_kept", 100, 1),
         *number("the classifier is right on the data, %", "classifier_accuracy", 100, 1),
         *number("its decision kept, %", "predictions_kept", 100, 1),
-        *number("reconstruction MSE", "reconstruction_mse", 1, 4),
+        *number("labels of training images kept, %", "labels_kept_training", 100, 1),
+        *number("reconstruction MSE", "reconstruction_mse", 1, 4), *number("contrast", "contrast", 1, 2),
         *number("local diversity", "local_diversity"),
         *number("local variance, outer over middle thirds", "outer_over_middle", 1, 2),
         *number("the same without mean colour", "outer_over_middle_without_colour", 1, 2),

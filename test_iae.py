@@ -657,9 +657,38 @@ def test_attributes_are_judged_one_by_one(tmp_path):
     share = y.double().mean(0)
     assert found[0]["kept"] == pytest.approx(share[0].item()) and found[1]["kept"] == pytest.approx(1 - share[1].item())
     assert found[0]["moved_by_n"] == found[1]["moved_by_n"] == 0
-    model.decode = lambda z, n=None: keeps_red.expand(len(z), 3, 16, 16) * n[:, :1, None, None].sign()
+    black = torch.full((3, 16, 16), -1.0)
+    model.decode = lambda z, n=None: torch.where(n[:, :1, None, None] > 0, keeps_red, black)
     found = metrics.evaluate(model.eval(), (x, y), data.Images(x, y, ("red", "blue")), judge, count=200)["attributes"]
     assert found[0]["moved_by_n"] == pytest.approx(0.5, abs=0.15)
+
+
+def test_what_is_kept_of_training_images_and_contrast(tmp_path):
+    """A model that turns test images (blue) over and gives training images (no blue) back, at half the contrast."""
+    torch.manual_seed(0)
+    y = torch.arange(80) % 2
+    x = torch.zeros(80, 3, 16, 16, dtype=torch.uint8)
+    x[:, 0] = (60 + 120 * y)[:, None, None]  # the label is how red a picture is
+    judge = metrics.fixed_classifier(x, y, str(tmp_path), epochs=12)
+    blue = x.clone()
+    blue[:, 2] = 8  # too little to impress the judge
+    model = IAE.for_images((3, 16, 16), 2, 0)
+    model.encode = lambda images: images.mean((2, 3))[:, ::2]  # red and blue, in [-1, 1]
+    middle = 2 * 120 / 255 - 1
+
+    def decode(z, n=None):
+        turned = torch.where(z[:, 1] > -1 + 1e-6, -0.5, 0.5)
+        images = torch.full((len(z), 3, 16, 16), -1.0)
+        images[:, 0] = (middle + turned * (z[:, 0] - middle))[:, None, None]
+        return images
+
+    model.decode = decode
+    found = metrics.evaluate(model.eval(), (x, y), (blue, y), judge)
+    assert found["classifier_accuracy"] == 1 and found["labels_kept"] == 0 and found["labels_kept_training"] == 1
+    # Pixels: red deviates by .4706 or half of it about -.0588, green is -1, blue -.9373 and in x_hat -1.
+    variances = [deviation**2 / 3 + np.var([-0.0588, -1, blue_is]) for deviation, blue_is in
+                 ((0.2353, -1), (0.4706, -0.9373))]
+    assert found["contrast"] == pytest.approx((variances[0] / variances[1]) ** 0.5, abs=1e-3)
 
 
 def test_labels_are_drawn_evenly_and_apart_from_the_seed():
