@@ -683,6 +683,19 @@ def test_attributes_are_judged_one_by_one(tmp_path):
     assert found[0]["moved_by_n"] == pytest.approx(0.5, abs=0.15)
 
 
+def test_grain_does_not_deceive_the_judge_of_colour_pictures(tmp_path):
+    """Faint stripes, lying or standing: a judge that never saw noise is at chance in noise of .2."""
+    torch.manual_seed(0)
+    y = torch.arange(200) % 2
+    stripes = (torch.arange(16) % 4 < 2).float()
+    either = torch.stack([stripes[:, None].expand(16, 16), stripes[None, :].expand(16, 16)])  # (2, 16, 16)
+    x = (100 + 20 * either[y][:, None].expand(-1, 3, -1, -1)).to(torch.uint8)
+    judge = metrics.fixed_classifier(x, y, str(tmp_path), epochs=12)
+    grainy = iae.to_range(x, (3, 16, 16)) + 0.2 * torch.randn(200, 3, 16, 16)
+    with torch.no_grad():
+        assert (judge(grainy).argmax(1) == y).double().mean() > 0.95
+
+
 def test_what_is_kept_of_training_images_and_contrast(tmp_path):
     """A model that turns test images (blue) over and gives training images (no blue) back, at half the contrast."""
     torch.manual_seed(0)
