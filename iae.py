@@ -352,17 +352,6 @@ def discriminate(discriminator: nn.Module, real: tuple, fake: tuple, objective: 
     return loss
 
 
-def diversity_loss(a: Tensor, b: Tensor, most: float = 0.1) -> Tensor:
-    """-E min(|a - b|, most): two images a, b (batch, *shape) of one code should differ by `most`, no more asked.
-
-    |a - b| is the mean over pixels, each picture's mean colour taken away, which would be the cheapest difference.
-    Not in the paper; the cost of Yang et al. 2019 (DSGAN). Where they differ is left to D(x, z): where z says least.
-    """
-    difference = a - b  # (batch, channels, height, width)
-    difference = difference - difference.mean((-2, -1), keepdim=True)
-    return -difference.abs().flatten(1).mean(1).clamp(max=most).mean()
-
-
 class IAE(nn.Module):
     """The implicit autoencoder of Section 2: four networks, what each of them descends, and how to sample.
 
@@ -372,9 +361,8 @@ class IAE(nn.Module):
 
     Section 2's cases: 1 local_size 0 without regularization, 2 local_size 0, 3 without regularization, 4 as it is.
     Not in the paper: code_penalty of D(x, z)'s gradient by the code (`discriminate`); for a Gaussian z
-    decorrelation_weight of `decorrelation_loss`; with both codes diversity_weight of `diversity_loss`; for a
-    categorical z agreement_weight of `agreement_loss`, elastic (`ripple`) of its deformed images, code_noise of D(z)'s
-    `blurred` codes.
+    decorrelation_weight of `decorrelation_loss`; for a categorical z agreement_weight of `agreement_loss`, elastic
+    (`ripple`) of its deformed images, code_noise of D(z)'s `blurred` codes.
     """
 
     def __init__(self, encoder: nn.Module | None, decoder: nn.Module, reconstruction_discriminator: nn.Module | None,
@@ -383,7 +371,7 @@ class IAE(nn.Module):
                  penalty: float = 0.0, regularization_penalty: float | None = None, positive_gradient: bool = False,
                  reconstruction_weight: float = 1.0, regularization_weight: float = 1.0,
                  agreement_weight: float = 0.0, elastic: float = 0.0, code_noise: float = 0.0,
-                 code_penalty: float = 0.0, decorrelation_weight: float = 0.0, diversity_weight: float = 0.0):
+                 code_penalty: float = 0.0, decorrelation_weight: float = 0.0):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.reconstruction_discriminator = reconstruction_discriminator
@@ -395,7 +383,7 @@ class IAE(nn.Module):
         self.regularization_penalty = penalty if regularization_penalty is None else regularization_penalty
         self.agreement_weight, self.elastic = agreement_weight, elastic
         self.code_noise, self.code_penalty = code_noise, code_penalty
-        self.decorrelation_weight, self.diversity_weight = decorrelation_weight, diversity_weight
+        self.decorrelation_weight = decorrelation_weight
         self.register_buffer("fitted_mean", torch.zeros(global_size))  # of `fit_gaussian`
         self.register_buffer("fitted_factor", torch.eye(global_size))
 
@@ -519,9 +507,6 @@ class IAE(nn.Module):
             losses["regularization"] = self.regularization_weight * generator_loss(None, fake, objective)
         if self.decorrelation_weight:
             losses["decorrelation"] = self.decorrelation_weight * decorrelation_loss(z_hat)  # the encoder's
-        if self.diversity_weight:
-            other = self.decode(z_hat.detach())  # the same codes with fresh n, for the decoder alone
-            losses["diversity"] = self.diversity_weight * diversity_loss(other, x_hat.detach())
         if self.agreement_weight:
             copies = self.encode(self.deformed(x))  # (batch, global_size)
             losses["agreement"] = self.agreement_weight * agreement_loss(z_hat, copies)  # the encoder's

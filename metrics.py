@@ -60,8 +60,8 @@ def fixed_classifier(x: Tensor, y: Tensor, folder: str, epochs: int | None = Non
     """The classifier of the training set x (uint8), y: trained once with a fixed seed, then read from `folder`.
 
     y (count,) are class labels; y (count, attributes) of 0 and 1, as CelebA's, are learned one by one. Colour images
-    are seen 200,000 times in all, each 3 to 20 times (grey ones 8 times), moved by up to a sixteenth of
-    their height (two pixels at most) and in noise of a deviation up to .3, or grain in x_hat would be another digit.
+    are seen 200,000 times in all, each 3 to 20 times (grey ones 8 times), moved by up to a sixteenth of their height,
+    two pixels at most, and in noise of a deviation up to .3, or grain in x_hat would be taken for another digit.
 
     The file's name holds a hash of the data, so that another data set never meets the wrong judge. On MNIST it is
     right on 99.2 % of the test images or more; `evaluate` reports the measured number beside what it judges.

@@ -260,26 +260,6 @@ def test_decorrelation_is_of_the_covariances_of_different_dimensions_and_moves_t
     assert "decorrelation" not in model.autoencoder_losses(x, z_hat, x_hat)
 
 
-def test_diversity_is_of_two_draws_of_one_code_and_moves_the_decoder_alone():
-    torch.manual_seed(0)
-    a = torch.rand(4, 3, 8, 8)
-    b = a.clone()
-    b[1] += 0.7  # another colour is no difference
-    b[2, :, :4] += 0.1  # .05 about its own mean colour, everywhere
-    b[3, :, :4] += 0.4  # .2 is more than is asked for
-    assert iae.diversity_loss(a, b).item() == pytest.approx(-(0.05 + 0.1) / 4, abs=1e-6)
-    model = IAE.for_images((3, 16, 16), 4, 3, diversity_weight=5.0)
-    x = torch.rand(6, 3, 16, 16)
-    z_hat, x_hat = model(x)
-    torch.manual_seed(1)
-    loss = model.autoencoder_losses(x, z_hat, x_hat)["diversity"]
-    torch.manual_seed(1)
-    assert loss.item() == pytest.approx(5 * iae.diversity_loss(model.decode(z_hat), x_hat).item(), rel=1e-5)
-    assert [g is not None for g in moved_by(loss, model.encoder, model.decoder)] == [False, True]
-    model.diversity_weight = 0.0
-    assert "diversity" not in model.autoencoder_losses(x, z_hat, x_hat)
-
-
 def test_images_that_should_get_the_same_code_are_deformed_then_rippled(monkeypatch):
     model = IAE.for_images(MNIST, 4, 3, prior="categorical", agreement_weight=1.0, elastic=0.06).eval()
     x, y = torch.rand(6, *MNIST), torch.arange(6) % 4
@@ -1502,8 +1482,6 @@ def test_many_steps_take_no_more_memory_or_time_a_step(digits, tmp_path, tiny, m
     (("--agreement-weight", 1), "--prior categorical"), (("--code-noise", -1), "--code-noise -1"),
     (("--image-noise", -1), "--image-noise -1"), (("--code-penalty", -1), "--code-penalty -1"),
     (("--decorrelation-weight", -1), "--decorrelation-weight -1"), (("--shift", 9), "--shift 9"),
-    (("--diversity-weight", -1), "--diversity-weight -1"), (("--diversity-weight", 1, "--local", 0), "--diversity"),
-    (("--diversity-weight", 1, "--model", "fiae"), "--diversity-weight"),
     (("--decorrelation-weight", 1, "--prior", "categorical"), "--decorrelation-weight"),
     (("--decorrelation-weight", 1, "--model", "fiae"), "--decorrelation-weight"),
     (("--paired-regularization",), "--paired-regularization"), (("--elastic", 0.1), "--elastic"),

@@ -55,7 +55,6 @@ RECIPES = {
         regularization_steps=1,  # of the IAE's D(z), for each step of the others
         code_penalty=0.0,  # gamma of R1 on the code alone, in D(x, z)
         decorrelation_weight=0.0,  # of the covariances between the dimensions of the IAE's Gaussian code
-        diversity_weight=0.0,  # of the difference of two reconstructions of one code
         paired_regularization=False,  # the FIAE's D(x) as a relativistic GAN
         information_weight=0.0,  # of what asks the FIAE's images to tell their codes; grows to it over training
         code_noise=0.0,  # deviation of the noise in which the IAE's D(z), the FIAE's D(x, z) sees codes
@@ -78,7 +77,6 @@ RECIPES = {
         regularization_steps=1,
         code_penalty=0.0,
         decorrelation_weight=0.0,
-        diversity_weight=0.0,
         paired_regularization=False,
         information_weight=0.0,
         code_noise=0.0,
@@ -129,8 +127,7 @@ def build_model(settings: dict) -> IAE | FIAE:
                    code_penalty=settings["code_penalty"])
     if settings["model"] == "fiae":
         return FIAE.for_images(*sizes, **options, information_weight=settings["information_weight"])
-    options.update({name: settings[name] for name in (
-        "euclidean", "regularization", "decorrelation_weight", "diversity_weight")})
+    options.update({name: settings[name] for name in ("euclidean", "regularization", "decorrelation_weight")})
     return IAE.for_images(*sizes, **options)
 
 
@@ -571,8 +568,7 @@ def checked_settings(settings: dict) -> dict:
     found = {}
     for name, kind in kinds.items():
         since = {"data": {}, "image_noise": 0.0, "code_penalty": 0.0, "paired_regularization": False,
-                 "information_weight": 0.0, "elastic": 0.0, "decorrelation_weight": 0.0,
-                 "diversity_weight": 0.0}
+                 "information_weight": 0.0, "elastic": 0.0, "decorrelation_weight": 0.0}
         value = found[name] = settings.get(name, {**defaults, **since}.get(name))
         if value is None and name in ("out", "image_size"):
             continue
@@ -884,8 +880,6 @@ def recipe_flags(add: Callable) -> None:
     add("--code-penalty", type=float, metavar="GAMMA", help="of R1 on the code alone, in D(x, z)")
     add("--decorrelation-weight", type=float, metavar="WEIGHT",
         help="of the squared covariances between the dimensions of the IAE's Gaussian code")
-    add("--diversity-weight", type=float, metavar="WEIGHT",
-        help="of the difference, up to .1 a pixel, of two reconstructions of one code with fresh n (IAE)")
     add("--paired-regularization", action=argparse.BooleanOptionalAction, default=None, help="of FIAE's D(x)")
     add("--information-weight", type=float, metavar="WEIGHT", help="of FIAE's images telling their codes, in the end")
     add("--code-noise", type=float, metavar="DEVIATION", help="of noise on codes for the IAE's D(z), FIAE's D(x, z)")
@@ -934,7 +928,7 @@ def check(error, args: argparse.Namespace) -> None:
             error(f"--rates {rate}: a learning rate must be above 0 and below 1")
     for name in ("penalty", "regularization_penalty", "reconstruction_weight", "regularization_weight", "code_noise",
                  "code_penalty", "image_noise", "agreement_weight", "local_scale", "elastic", "information_weight",
-                 "decorrelation_weight", "diversity_weight"):
+                 "decorrelation_weight"):
         if sizes[name] is not None and not 0 <= sizes[name] < float("inf"):
             error(f"--{name.replace('_', '-')} {sizes[name]}: must be 0 or more")
     for name in ("image_noise", "information_weight", "paired_regularization"):
@@ -944,8 +938,6 @@ def check(error, args: argparse.Namespace) -> None:
         error("--elastic: of the IAE's clusters and of the flipped models; add --prior categorical or --model fiae")
     if args.decorrelation_weight and (args.model != "iae" or args.prior != "gaussian" or sizes["global"] == 0):
         error("--decorrelation-weight: of the IAE's Gaussian code; drop it, or --model, --prior, --global 0")
-    if args.diversity_weight and (args.model != "iae" or 0 in (sizes["global"], sizes["local"])):
-        error("--diversity-weight: of the IAE with a global and a local code; drop it, or --model, or change the sizes")
     if args.agreement_weight and args.prior != "categorical":
         error("--agreement-weight: of clusters; add --prior categorical")
     if args.beta1 is not None and not 0 <= args.beta1 < 1:
