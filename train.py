@@ -87,19 +87,20 @@ RECIPES = {
         batch_norm=True,
         beta1=0.0,
         rates=(1e-4, 1e-3, 2e-4, 5e-4),
-        decay=0.5,
+        decay=0.0,
         averaging=0.999,
     ),
 }
 # What "stable" changes where --local is 0: all of x must pass through z, so z has more to learn and less to be moved.
-DETERMINISTIC = dict(regularization_weight=1.0, rates=(3e-4, 1e-3, 5e-4, 5e-4))
+DETERMINISTIC = dict(regularization_weight=1.0, rates=(3e-4, 1e-3, 5e-4, 5e-4), decay=0.5)
 # And under a categorical prior: what a cluster is must be said, and D(z) must not win by the corners of the simplex.
 CATEGORICAL = dict(regularization_penalty=0.3, regularization_weight=100.0, code_noise=0.3, agreement_weight=1.0,
-                   rates=(1e-3, 1e-3, 2e-4, 2e-3))
+                   rates=(1e-3, 1e-3, 2e-4, 2e-3), decay=0.5)
 # With labels, which hold every cluster in its place, both GANs are better gentle with it (README, "Discrete codes").
 LABELLED = dict(regularization_penalty=1.0, regularization_weight=10.0, reconstruction_weight=0.1)
 # Where the model is flipped, D(x) is a plain GAN's: InfoGAN's settings, and D(x, z) as fast as the recognition network.
-FLIPPED = dict(regularization_penalty=0.0, regularization_weight=1.0, beta1=0.5, rates=(1e-3, 1e-3, 1e-3, 2e-4))
+FLIPPED = dict(regularization_penalty=0.0, regularization_weight=1.0, beta1=0.5, rates=(1e-3, 1e-3, 1e-3, 2e-4),
+               decay=0.5)
 FLIPPED_GAUSSIAN = dict(FLIPPED, image_noise=0.2, elastic=0.06, code_penalty=15.0, paired_regularization=True,
                         information_weight=25.0, reconstruction_weight=0.5)
 FLIPPED_CATEGORICAL = dict(FLIPPED, reconstruction_weight=0.3, code_noise=0.3, agreement_weight=1.0, local_scale=0.5)
