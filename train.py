@@ -869,9 +869,18 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     return args, given
 
 
-def recipe_flags(add: Callable) -> None:
-    """The flags of what a recipe sets; None where they are not given."""
-    add("--recipe", default="stable", choices=CHOICES["recipe"], help="sets all of the following (%(default)s)")
+def recipe_flags(add_argument: Callable) -> None:
+    """The flags of what a recipe sets, with its values in their help; None where they are not given."""
+    add_argument("--recipe", default="stable", choices=CHOICES["recipe"],
+                 help="sets all of the following (%(default)s), each to the value told in brackets; with --local 0, "
+                      "--prior categorical, --labels or --model, stable has others (DETERMINISTIC and on in train.py)")
+
+    def add(flag: str, help: str, **options) -> None:
+        name = flag[2:].replace("-", "_")
+        paper, stable = RECIPES["paper"][name], RECIPES["stable"][name]
+        values = stable if paper == stable else f"paper {paper}, stable {stable}"
+        add_argument(flag, help=f"{help} ({values})", **options)
+
     add("--objective", choices=CHOICES["objective"], help="gan: Eq. 1; paired: relativistic; kl: the f-GAN's")
     add("--penalty", type=float, metavar="GAMMA", help="of R1 + R2 on the reconstruction discriminator")
     add("--regularization-penalty", type=float, metavar="GAMMA", help="of R1 + R2 on the regularization discriminator")
