@@ -752,6 +752,16 @@ def run(*argv, expect=0):
 COMMON = ("--global", 3, "--local", 4, "--batch-size", 16)
 
 
+def test_help_tells_what_a_recipe_sets(capsys):
+    run("--help")
+    flags = re.split(r"\n  (?=--)", capsys.readouterr().out.split("data and training:")[0])
+    told = {flag.split()[0].strip(","): " ".join(flag.split()) for flag in flags}
+    for name in train.RECIPES["paper"]:
+        paper, stable = train.RECIPES["paper"][name], train.RECIPES["stable"][name]
+        values = f"({stable})" if paper == stable else f"(paper {paper}, stable {stable})"
+        assert told["--" + name.replace("_", "-")].endswith(values), name
+
+
 def test_train_writes_its_folder_and_the_model_can_be_used(digits, tmp_path, capsys):
     out = tmp_path / "run"
     run("--dataset", digits, *COMMON, "--steps", 3, "--out", out, "--data-dir", pathlib.Path(digits).parent)
