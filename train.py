@@ -65,7 +65,7 @@ RECIPES = {
         batch_norm=True,  # in the reconstruction discriminator
         beta1=0.5,  # of Adam
         rates=(1e-3, 1e-3, 2e-4, 2e-4),  # Adam's, of encoder, decoder, reconstruction and regularization discriminator
-        decay=0.0,  # the share of training, at its end, over which both rates fall linearly to zero
+        decay=0.0,  # the share of training, at its end, over which all rates fall linearly to zero
         averaging=0.999,  # decay of the averaged weights, which are what is evaluated and saved for use
     ),
     "stable": dict(
@@ -87,7 +87,7 @@ RECIPES = {
         batch_norm=True,
         beta1=0.0,
         rates=(1e-4, 1e-3, 2e-4, 5e-4),
-        decay=0.0,
+        decay=0.0,  # falling rates stop the game before q(z) has come to p(z) (README, "What failed")
         averaging=0.999,
     ),
 }
