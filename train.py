@@ -87,7 +87,7 @@ RECIPES = {
         batch_norm=True,
         beta1=0.0,
         rates=(1e-4, 1e-3, 2e-4, 5e-4),
-        decay=0.0,  # falling rates stop the game before q(z) has come to p(z) (README, "What failed")
+        decay=0.0,  # falling rates end the game early, with worse samples (README, "What failed")
         averaging=0.999,
     ),
 }
