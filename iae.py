@@ -81,8 +81,10 @@ def shift(x: Tensor, most: int) -> Tensor:
     """Images x (batch, channels, height, width), all moved alike, at random, by up to `most` pixels each way.
 
     Pixels of the border fill what opens beyond it."""
-    down, right = torch.randint(2 * most + 1, (2,)).tolist()
-    return F.pad(x, (most,) * 4, mode="replicate")[:, :, down:down + x.shape[2], right:right + x.shape[3]]
+    down, right = torch.randint(-most, most + 1, (2,), device=x.device)  # not read here: a CUDA graph may hold this
+    rows = (torch.arange(x.shape[2], device=x.device) + down).clamp(0, x.shape[2] - 1)
+    columns = (torch.arange(x.shape[3], device=x.device) + right).clamp(0, x.shape[3] - 1)
+    return x.index_select(2, rows).index_select(3, columns)
 
 
 def ripple(x: Tensor, deviation: float) -> Tensor:
@@ -358,6 +360,7 @@ class IAE(nn.Module):
     The networks are any modules with the signatures of those above (`IAE.for_images` makes Appendix D.2's).
     encoder None (global size 0) is a plain GAN; reconstruction_discriminator None replaces the reconstruction
     GAN by the Euclidean cost (with regularization: the AAE); regularization_discriminator None drops KL(q(z) || p(z)).
+    sample_discriminator, not in the paper, is a third GAN's D(x): data are real, samples g(z, n) of z ~ p(z) fake.
 
     Section 2's cases: 1 local_size 0 without regularization, 2 local_size 0, 3 without regularization, 4 as it is.
     Not in the paper: code_penalty of D(x, z)'s gradient by the code (`discriminate`); for a Gaussian z
@@ -366,16 +369,18 @@ class IAE(nn.Module):
     """
 
     def __init__(self, encoder: nn.Module | None, decoder: nn.Module, reconstruction_discriminator: nn.Module | None,
-                 regularization_discriminator: nn.Module | None, *, shape: tuple[int, ...], global_size: int,
+                 regularization_discriminator: nn.Module | None, sample_discriminator: nn.Module | None = None, *,
+                 shape: tuple[int, ...], global_size: int,
                  local_size: int, noise_size: int = 0, prior: str = "gaussian", objective: str = "gan",
                  penalty: float = 0.0, regularization_penalty: float | None = None, positive_gradient: bool = False,
                  reconstruction_weight: float = 1.0, regularization_weight: float = 1.0,
                  agreement_weight: float = 0.0, elastic: float = 0.0, code_noise: float = 0.0,
-                 code_penalty: float = 0.0, decorrelation_weight: float = 0.0):
+                 code_penalty: float = 0.0, decorrelation_weight: float = 0.0, sample_weight: float = 1.0):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.reconstruction_discriminator = reconstruction_discriminator
         self.regularization_discriminator = regularization_discriminator
+        self.sample_discriminator, self.sample_weight = sample_discriminator, sample_weight
         self.shape = tuple(shape)
         self.global_size, self.local_size, self.noise_size, self.prior = global_size, local_size, noise_size, prior
         self.objective, self.penalty, self.positive_gradient = objective, penalty, positive_gradient
@@ -391,8 +396,9 @@ class IAE(nn.Module):
     def for_images(cls, shape: tuple[int, int, int], global_size: int, local_size: int, noise_size: int = 0,
                    prior: str = "gaussian", conditioning: str | None = None, batch_norm: bool = True,
                    euclidean: bool = False, regularization: bool = True, local_scale: float = 1.0,
-                   **options) -> "IAE":
+                   sample_weight: float = 0.0, **options) -> "IAE":
         """The model with Appendix D.2's networks for images of `shape`; `options` are the constructor's.
+        sample_weight 0 leaves out the GAN of samples.
 
         conditioning defaults to D.1's choice: location-dependent for a Gaussian code, -invariant for a categorical.
         """
@@ -402,8 +408,10 @@ class IAE(nn.Module):
         encoder = Encoder(shape, global_size, noise_size, prior) if global_size else None
         joint = None if euclidean else JointDiscriminator(shape, global_size, conditioning, batch_norm)
         code = CodeDiscriminator(global_size) if regularization and global_size else None
-        return cls(encoder, Decoder(shape, global_size, local_size, local_scale), joint, code, shape=shape,
-                   global_size=global_size, local_size=local_size, noise_size=noise_size, prior=prior, **options)
+        samples = JointDiscriminator(shape, 0, batch_norm=batch_norm) if sample_weight else None
+        return cls(encoder, Decoder(shape, global_size, local_size, local_scale), joint, code, samples, shape=shape,
+                   global_size=global_size, local_size=local_size, noise_size=noise_size, prior=prior,
+                   sample_weight=sample_weight, **options)
 
     def encode(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
         """A sample z_hat ~ q(z|x), (batch, global_size), of images x in the network's range; None for a plain GAN.
@@ -465,7 +473,10 @@ class IAE(nn.Module):
         self.fitted_factor.copy_(vectors * values.clamp(min=0).sqrt())
 
     def discriminator_losses(self, x: Tensor, z_hat: Tensor | None, x_hat: Tensor) -> dict[str, Tensor]:
-        """What the two discriminators descend, for data x and the model's (z_hat, x_hat): all constants here."""
+        """What the discriminators descend, for data x and the model's (z_hat, x_hat): all constants here.
+
+        D(x) of samples sees both sides moved by up to two pixels (`shift`), or it would learn the data by heart.
+        """
         losses = {}
         if self.reconstruction_discriminator is not None:
             losses["reconstruction_discriminator"] = discriminate(
@@ -473,6 +484,12 @@ class IAE(nn.Module):
                 objective=self.objective, penalty=self.penalty, code_penalty=self.code_penalty)
         if self.regularization_discriminator is not None:
             losses["regularization_discriminator"] = self.regularization_discriminator_loss(z_hat)
+        if self.sample_discriminator is not None:  # data are real, samples from fresh z ~ p(z) fake, a constant
+            with torch.no_grad():
+                samples = self.sample(len(x))  # (batch, *shape)
+            losses["sample_discriminator"] = discriminate(
+                self.sample_discriminator, real=(shift(x, 2),), fake=(shift(samples, 2),), objective=self.objective,
+                penalty=self.penalty)
         return losses
 
     def regularization_discriminator_loss(self, z_hat: Tensor) -> Tensor:
@@ -510,6 +527,11 @@ class IAE(nn.Module):
         if self.agreement_weight:
             copies = self.encode(self.deformed(x))  # (batch, global_size)
             losses["agreement"] = self.agreement_weight * agreement_loss(z_hat, copies)  # the encoder's
+        if self.sample_discriminator is not None:
+            with torch.no_grad():
+                real = self.sample_discriminator(shift(x, 2)) if self.objective == "paired" else None
+            fake = self.sample_discriminator(shift(self.sample(len(x)), 2))
+            losses["samples"] = self.sample_weight * generator_loss(real, fake, self.objective)  # the decoder's
         return losses
 
     def deformed(self, x: Tensor) -> Tensor:

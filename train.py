@@ -55,6 +55,7 @@ RECIPES = {
         regularization_steps=1,  # of the IAE's D(z), for each step of the others
         code_penalty=0.0,  # gamma of R1 on the code alone, in D(x, z)
         decorrelation_weight=0.0,  # of the covariances between the dimensions of the IAE's Gaussian code
+        sample_weight=0.0,  # of a third GAN, whose D(x) sees samples from the IAE's prior, in what the decoder descends
         paired_regularization=False,  # the FIAE's D(x) as a relativistic GAN
         information_weight=0.0,  # of what asks the FIAE's images to tell their codes; grows to it over training
         code_noise=0.0,  # deviation of the noise in which the IAE's D(z), the FIAE's D(x, z) sees codes
@@ -77,6 +78,7 @@ RECIPES = {
         regularization_steps=1,
         code_penalty=0.0,
         decorrelation_weight=0.0,
+        sample_weight=0.0,
         paired_regularization=False,
         information_weight=0.0,
         code_noise=0.0,
@@ -128,7 +130,8 @@ def build_model(settings: dict) -> IAE | FIAE:
                    code_penalty=settings["code_penalty"])
     if settings["model"] == "fiae":
         return FIAE.for_images(*sizes, **options, information_weight=settings["information_weight"])
-    options.update({name: settings[name] for name in ("euclidean", "regularization", "decorrelation_weight")})
+    options.update({name: settings[name] for name in (
+        "euclidean", "regularization", "decorrelation_weight", "sample_weight")})
     return IAE.for_images(*sizes, **options)
 
 
@@ -150,16 +153,19 @@ class Run:
         self.model = build_model(settings).to(self.device, memory_format=torch.channels_last)
         # The average of the weights over steps is what is evaluated, drawn and loaded for use.
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.averaged.reconstruction_discriminator = self.averaged.regularization_discriminator = None
+        for name in ("reconstruction_discriminator", "regularization_discriminator", "sample_discriminator"):
+            setattr(self.averaged, name, None)
         names = dict(self.model.named_parameters())
         self.discriminators = [p for name, p in names.items() if "discriminator" in name]
         self.autoencoder = [p for name, p in names.items() if "discriminator" not in name]
         flipped = isinstance(self.model, FIAE)
         networks = (self.model.recognition if flipped else self.model.encoder,
                     self.model.generator if flipped else self.model.decoder,
-                    self.model.reconstruction_discriminator, self.model.regularization_discriminator)
+                    self.model.reconstruction_discriminator, self.model.regularization_discriminator,
+                    None if flipped else self.model.sample_discriminator)
+        rates = *settings["rates"], settings["rates"][2]  # both discriminators of images have one
         groups = [{"params": [] if network is None else list(network.parameters()), "rate": rate}
-                  for network, rate in zip(networks, settings["rates"])]
+                  for network, rate in zip(networks, rates)]
         betas = (settings["beta1"], 0.99)
 
         def adam(groups):
@@ -569,7 +575,7 @@ def checked_settings(settings: dict) -> dict:
     found = {}
     for name, kind in kinds.items():
         since = {"data": {}, "image_noise": 0.0, "code_penalty": 0.0, "paired_regularization": False,
-                 "information_weight": 0.0, "elastic": 0.0, "decorrelation_weight": 0.0}
+                 "information_weight": 0.0, "elastic": 0.0, "decorrelation_weight": 0.0, "sample_weight": 0.0}
         value = found[name] = settings.get(name, {**defaults, **since}.get(name))
         if value is None and name in ("out", "image_size"):
             continue
@@ -615,7 +621,8 @@ def load_checkpoint(path: str, device: str = "cpu") -> IAE | FIAE:
     """
     state = read_checkpoint(path)
     model = build_model(state["settings"])
-    model.reconstruction_discriminator = model.regularization_discriminator = None
+    for name in ("reconstruction_discriminator", "regularization_discriminator", "sample_discriminator"):
+        setattr(model, name, None)
     model.load_state_dict(state["averaged"])
     return model.to(device).eval().requires_grad_(False)
 
@@ -890,6 +897,8 @@ def recipe_flags(add_argument: Callable) -> None:
     add("--code-penalty", type=float, metavar="GAMMA", help="of R1 on the code alone, in D(x, z)")
     add("--decorrelation-weight", type=float, metavar="WEIGHT",
         help="of the squared covariances between the dimensions of the IAE's Gaussian code")
+    add("--sample-weight", type=float, metavar="WEIGHT",
+        help="of a third GAN, whose D(x) sees samples from the IAE's prior and moves the decoder")
     add("--paired-regularization", action=argparse.BooleanOptionalAction, default=None, help="of FIAE's D(x)")
     add("--information-weight", type=float, metavar="WEIGHT", help="of FIAE's images telling their codes, in the end")
     add("--code-noise", type=float, metavar="DEVIATION", help="of noise on codes for the IAE's D(z), FIAE's D(x, z)")
@@ -938,7 +947,7 @@ def check(error, args: argparse.Namespace) -> None:
             error(f"--rates {rate}: a learning rate must be above 0 and below 1")
     for name in ("penalty", "regularization_penalty", "reconstruction_weight", "regularization_weight", "code_noise",
                  "code_penalty", "image_noise", "agreement_weight", "local_scale", "elastic", "information_weight",
-                 "decorrelation_weight"):
+                 "decorrelation_weight", "sample_weight"):
         if sizes[name] is not None and not 0 <= sizes[name] < float("inf"):
             error(f"--{name.replace('_', '-')} {sizes[name]}: must be 0 or more")
     for name in ("image_noise", "information_weight", "paired_regularization"):
@@ -948,6 +957,8 @@ def check(error, args: argparse.Namespace) -> None:
         error("--elastic: of the IAE's clusters and of the flipped models; add --prior categorical or --model fiae")
     if args.decorrelation_weight and (args.model != "iae" or args.prior != "gaussian" or sizes["global"] == 0):
         error("--decorrelation-weight: of the IAE's Gaussian code; drop it, or --model, --prior, --global 0")
+    if args.sample_weight and (args.model != "iae" or args.no_regularization or sizes["global"] == 0):
+        error("--sample-weight: of an IAE with a prior; drop it, or --model, --no-regularization, --global 0")
     if args.agreement_weight and args.prior != "categorical":
         error("--agreement-weight: of clusters; add --prior categorical")
     if args.beta1 is not None and not 0 <= args.beta1 < 1:
