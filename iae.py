@@ -370,9 +370,9 @@ class IAE(nn.Module):
 
     def __init__(self, encoder: nn.Module | None, decoder: nn.Module, reconstruction_discriminator: nn.Module | None,
                  regularization_discriminator: nn.Module | None, sample_discriminator: nn.Module | None = None, *,
-                 shape: tuple[int, ...], global_size: int,
-                 local_size: int, noise_size: int = 0, prior: str = "gaussian", objective: str = "gan",
-                 penalty: float = 0.0, regularization_penalty: float | None = None, positive_gradient: bool = False,
+                 shape: tuple[int, ...], global_size: int, local_size: int, noise_size: int = 0,
+                 prior: str = "gaussian", objective: str = "gan", penalty: float = 0.0,
+                 regularization_penalty: float | None = None, positive_gradient: bool = False,
                  reconstruction_weight: float = 1.0, regularization_weight: float = 1.0,
                  agreement_weight: float = 0.0, elastic: float = 0.0, code_noise: float = 0.0,
                  code_penalty: float = 0.0, decorrelation_weight: float = 0.0, sample_weight: float = 1.0):

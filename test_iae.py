@@ -468,6 +468,32 @@ def test_who_descends_what():
     assert gradients(model, losses["regularization"]) == {"encoder"}
 
 
+class MeanPixel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x):
+        return self.weight * x.mean((1, 2, 3))
+
+
+def test_the_gan_of_samples_takes_data_for_real_and_moves_the_decoder_alone(monkeypatch):
+    monkeypatch.setattr(iae, "shift", lambda x, most: x / most)  # both sides are moved, by up to two pixels
+    x, z, n = torch.rand(6, *MNIST), torch.randn(6, 4), torch.randn(6, 3)
+    for objective in ("gan", "paired"):
+        model = IAE.for_images(MNIST, 4, 3, sample_weight=2.0, objective=objective)
+        model.sample_discriminator, model.sample = MeanPixel(), lambda count: model.decode(z, n)[:count]
+        real, fake = 3 * (x / 2).mean((1, 2, 3)), 3 * (model.sample(6) / 2).mean((1, 2, 3))
+        loss = model.discriminator_losses(x, *model(x))["sample_discriminator"]
+        assert loss.item() == pytest.approx(iae.discriminator_loss(real, fake, objective).item(), rel=1e-4)
+        assert gradients(model, loss) == {"sample_discriminator"}
+        model.sample_discriminator.requires_grad_(False)
+        loss = model.autoencoder_losses(x, *model(x))["samples"]
+        expected = iae.generator_loss(real if objective == "paired" else None, fake, objective)
+        assert loss.item() == pytest.approx(2 * expected.item(), rel=1e-4)
+        assert gradients(model, loss) == {"decoder"}
+
+
 def test_each_switch_removes_exactly_what_it_says():
     x = torch.rand(4, *MNIST)
 
@@ -486,6 +512,10 @@ def test_each_switch_removes_exactly_what_it_says():
                                          {"regularization_discriminator"}, {"reconstruction", "regularization"})
     assert parts(global_size=0)[1:] == ({"decoder", "reconstruction_discriminator"}, {"reconstruction_discriminator"},
                                         {"reconstruction"})
+    assert parts(sample_weight=1.0)[1:] == (
+        everything | {"sample_discriminator"},
+        {"reconstruction_discriminator", "regularization_discriminator", "sample_discriminator"},
+        {"reconstruction", "regularization", "samples"})
     deterministic, noisy = parts(local_size=0)[0].eval(), parts(local_size=6)[0].eval()
     assert torch.equal(deterministic.reconstruct(x), deterministic.reconstruct(x))
     assert not torch.equal(noisy.reconstruct(x), noisy.reconstruct(x))
@@ -795,6 +825,7 @@ def test_a_log_that_is_gone_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("options", [("--recipe", "paper"), ("--local", 0, "--no-regularization"), ("--global", 0),
                                      ("--local", 0, "--euclidean"), ("--prior", "categorical", "--noise", 2),
+                                     ("--noise", 2, "--sample-weight", 1),
                                      ("--positive-gradient", "--objective", "kl", "--penalty", 0.1, "--no-batch-norm"),
                                      ("--prior", "categorical", "--global", 10, "--labels", 20),
                                      ("--model", "fiae", "--local", 0), ("--model", "infogan"),
@@ -830,7 +861,7 @@ def test_colour_pictures_with_attributes_run(tmp_path):
 
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(digits, tmp_path, monkeypatch):
     common = ("--dataset", digits, *COMMON, "--noise", 2, "--data-dir", pathlib.Path(digits).parent,
-              "--prior", "categorical", "--global", 10, "--labels", 20)
+              "--prior", "categorical", "--global", 10, "--labels", 20, "--sample-weight", 1)
     run(*common, "--steps", 7, "--out", tmp_path / "whole")
     step = train.train_step
 
@@ -1377,7 +1408,7 @@ def test_what_a_warm_up_moves_is_put_back_in_place(first, digits):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
 @pytest.mark.parametrize("options", [
-    (), ("--recipe", "paper"), ("--global", 0, "--noise", 0), ("--prior", "categorical"),
+    (), ("--recipe", "paper"), ("--global", 0, "--noise", 0), ("--prior", "categorical"), ("--sample-weight", 1),
     ("--model", "fiae"), ("--model", "fiae", "--prior", "categorical"),
     ("--model", "infogan", "--noise", 0, "--prior", "categorical")])
 def test_captured_steps_are_those_of_the_eager_path(options, digits):
@@ -1494,6 +1525,9 @@ def test_many_steps_take_no_more_memory_or_time_a_step(digits, tmp_path, tiny, m
     (("--decorrelation-weight", -1), "--decorrelation-weight -1"), (("--shift", 9), "--shift 9"),
     (("--decorrelation-weight", 1, "--prior", "categorical"), "--decorrelation-weight"),
     (("--decorrelation-weight", 1, "--model", "fiae"), "--decorrelation-weight"),
+    (("--sample-weight", -1), "--sample-weight -1"), (("--sample-weight", 1, "--global", 0), "--sample-weight"),
+    (("--sample-weight", 1, "--model", "fiae"), "--sample-weight"),
+    (("--sample-weight", 1, "--no-regularization"), "--sample-weight"),
     (("--paired-regularization",), "--paired-regularization"), (("--elastic", 0.1), "--elastic"),
     (("--model", "fiae", "--elastic", -1), "--elastic -1"), (("--information-weight", 1), "--information-weight"),
     (("--seeds", 1, 1), "--seeds"),
