@@ -215,6 +215,46 @@ def mmd_test(a: Tensor, b: Tensor, permutations: int = 100, bandwidths: tuple = 
     return {"mmd": mmd, "floor": null.abs().mean().item(), "p": (1 + (null >= mmd).sum().item()) / (1 + permutations)}
 
 
+def agreement_of_neighbours(z: Tensor, z_data: Tensor, y_data: Tensor, k: int = 10) -> Tensor:
+    """Of the k codes z_data (many, K) nearest to each of the codes z (batch, K), the share of their most common label
+    in y_data (many,): (batch,). Near 1 inside a class, less on the borders between classes."""
+    nearest = torch.cat([torch.cdist(part, z_data).topk(min(k, len(z_data)), largest=False).indices
+                         for part in z.split(500)])  # (batch, k)
+    labels = y_data[nearest]
+    return (labels == labels.mode(1, keepdim=True).values).double().mean(1)
+
+
+def borders(model: nn.Module, z_test: Tensor, z_train: Tensor, y_train: Tensor, classifier: Classifier) -> dict:
+    """Where prior codes lie among the data's, by `agreement_of_neighbours`, and what the decoder makes of them.
+
+    neighbours_agree_prior, ..._test       its mean over prior codes, over codes of test images
+    samples_confident_inside, ..._border   the share of samples classified with confidence above .9 where all ten
+                                           neighbours agree, and where fewer than six do (None: there are none)
+    """
+    prior = model.sample_codes(len(z_test))
+    agree = agreement_of_neighbours(prior, z_train, y_train)
+    sure = torch.cat([classifier(model.decode(part)).softmax(1).amax(1) > 0.9 for part in prior.split(500)])
+    share = {name: sure[those].double().mean().item() if those.any() else None
+             for name, those in (("inside", agree == 1), ("border", agree < 0.55))}
+    return {"neighbours_agree_prior": agree.mean().item(),
+            "neighbours_agree_test": agreement_of_neighbours(z_test, z_train, y_train).mean().item(),
+            "samples_confident_inside": share["inside"], "samples_confident_border": share["border"]}
+
+
+def attributes_kept(classifier: Classifier, y: Tensor, real: Tensor, features: Tensor | None, again: Tensor | None,
+                    names: tuple) -> list[dict]:
+    """What is kept of each attribute of y (count, attributes), 0 or 1, from the classifier's features of data, of
+    reconstructions, and of reconstructions with another n (None where there is no code); README's legend explains it.
+    """
+    most, on_data = y.double().mean(0), ((classifier.last(real) > 0) == (y > 0)).double().mean(0)
+    kept = moved = [None] * y.shape[1]
+    if features is not None:
+        found, other = classifier.last(features) > 0, classifier.last(again) > 0
+        kept, moved = (those.double().mean(0).tolist() for those in (found == (y > 0), found != other))
+    return [{"attribute": names[i] if i < len(names) else str(i), "on_data": on_data[i].item(), "kept": kept[i],
+             "moved_by_n": moved[i], "by_chance": max(most[i].item(), 1 - most[i].item())} for i in range(y.shape[1])]
+
+
 def linear_probe(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor) -> float:
     """Test accuracy of a multinomial logistic regression from codes (count, size) to labels, weight decay 1e-4."""
     mean, deviation = z.mean(0), z.std(0).clamp(min=1e-6)
@@ -462,16 +502,8 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
             numbers["frechet_reconstructions"] = frechet_distance(features, real)
         y = test[1][:count].long()
         if y.dim() == 2:  # attributes of 0 and 1
-            most, on_data = y.double().mean(0), ((classifier.last(real) > 0) == (y > 0)).double().mean(0)
-            kept = moved = [None] * y.shape[1]
-            if z is not None:
-                found, again = (classifier.last(those) > 0 for those in (
-                    features, classifier.features(draw(model, x_test)[1][0])))  # a second draw of n
-                kept, moved = (those.double().mean(0).tolist() for those in (found == (y > 0), found != again))
-            numbers["attributes"] = [
-                {"attribute": names[i] if i < len(names) else str(i), "on_data": on_data[i].item(), "kept": kept[i],
-                 "moved_by_n": moved[i], "by_chance": max(most[i].item(), 1 - most[i].item())}
-                for i in range(y.shape[1])]
+            again = classifier.features(draw(model, x_test)[1][0]) if z is not None else None  # a second draw of n
+            numbers["attributes"] = attributes_kept(classifier, y, real, features, again, names)
             return numbers
 
         confidence, kind = classifier.last(fake).softmax(1).max(1)
@@ -494,6 +526,8 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
         y_train, (z_train, seen) = train[1][rows].long(), draw(model, train[0][rows])
         numbers["labels_kept_training"] = (classifier(seen[0]).argmax(1) == y_train).double().mean().item()
         numbers["linear_probe"] = linear_probe(z_train, y_train, z, y)
+        if model.prior == "gaussian" and not fitted:
+            numbers |= borders(model, z, z_train, y_train, classifier)
     return numbers
 
 
@@ -510,10 +544,10 @@ def table(paths: list[str]) -> str:
 
     def number(title, key, scale=1, digits=3):
         def cell(final):
-            value = final["metrics"].get(key, "-")
+            value = final["metrics"].get(key)
             if isinstance(value, dict):  # of a sweep
                 return f"{scale * value['mean']:.{digits}f} +- {scale * value['deviation']:.{digits}f}"
-            return f"{scale * value:.{digits}f}" if value != "-" else "-"
+            return f"{scale * value:.{digits}f}" if value is not None else "-"
         return row(title, cell)
 
     def shares(final):
@@ -561,6 +595,10 @@ def table(paths: list[str]) -> str:
         *number("its floor, training against test images", "frechet_floor", 1, 2),
         *number("samples classified with confidence above .9, %", "samples_confident", 100, 1),
         *row("least and largest class among them, %", shares),
+        *number("confident inside a class, %", "samples_confident_inside", 100, 1),
+        *number("confident on borders, %", "samples_confident_border", 100, 1),
+        *number("neighbours of a prior code that agree, %", "neighbours_agree_prior", 100, 1),
+        *number("the same of a test image's code", "neighbours_agree_test", 100, 1),
         *number("density", "density", 1, 2), *number("coverage", "coverage", 1, 2),
         *number("squared MMD of q(z) to p(z)", "code_mmd", 1, 5), *number("its floor", "code_floor", 1, 5),
         *number("its p", "code_p", 1, 2),

@@ -596,6 +596,36 @@ def test_local_diversity_confusions_probe_density():
 # ------------------------------------------------------------------------------------------------------ discrete codes
 
 
+def test_borders_are_where_the_neighbours_disagree():
+    """Two classes left and right of 0: what lies near the line has neighbours of both, and a decoder that is unsure
+    there, and only there, is found out."""
+    torch.manual_seed(0)
+    z_data = torch.rand(4000, 2) * 2 - 1
+    y = (z_data[:, 0] > 0).long()
+    z = torch.tensor([[-0.5, 0.0], [0.5, 0.0], [0.0, 0.0]])
+    agree = metrics.agreement_of_neighbours(z, z_data, y)
+    by_hand = [np.bincount(y[(z_data - one).norm(dim=1).argsort()[:10]].numpy()).max() / 10 for one in z]
+    assert agree.tolist() == pytest.approx(by_hand) and by_hand[:2] == [1, 1] and by_hand[2] < 1
+
+    class Judge(nn.Module):  # sure of class 0 on the left, of class 1 on the right, of none within .1 of the line
+        def forward(self, x):
+            side = torch.where(x[:, :1].abs() < 0.1, 0.0, x[:, :1].sign())
+            return torch.cat([-9 * side, 9 * side], 1)
+
+    class Model:
+        def sample_codes(self, count):
+            return torch.rand(count, 2) * 2 - 1
+
+        def decode(self, z):
+            return z
+
+    found = metrics.borders(Model(), z_data[:1000], z_data, y, Judge())
+    assert found["samples_confident_inside"] > 0.9 and found["samples_confident_border"] < 0.1
+    assert 0.95 < found["neighbours_agree_prior"] < 1 and 0.95 < found["neighbours_agree_test"] < 1
+    one = metrics.borders(Model(), z_data[:100], z_data, y * 0, Judge())
+    assert one["samples_confident_border"] is None and one["neighbours_agree_prior"] == 1
+
+
 def test_clusters_are_named_and_counted_as_the_protocols_say():
     y = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 2])
     cluster = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, 2])  # cluster 1 holds one 0, two 1s, one 2

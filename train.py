@@ -1320,9 +1320,9 @@ def sweep(args: argparse.Namespace, given: set) -> bool:
             return False
         finals.append(final)
     numbers = {}
-    for name, value in finals[0]["metrics"].items():
-        if isinstance(value, (int, float)):
-            each = [final["metrics"][name] for final in finals]
+    for name in finals[0]["metrics"]:
+        each = [final["metrics"].get(name) for final in finals]
+        if all(isinstance(value, (int, float)) for value in each):
             deviation = float(np.std(each, ddof=1)) if len(each) > 1 else 0.0
             numbers[name] = {"mean": float(np.mean(each)), "deviation": deviation, "each": each}
     write_json(os.path.join(base, "sweep.json"), {
