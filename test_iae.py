@@ -944,6 +944,25 @@ def relabelled(digits, labels, tmp_path, *options):
     return train.settings_of(args, loaded), loaded
 
 
+def test_init_begins_with_the_weights_of_another_run(digits, tmp_path, capsys):
+    first = ["--dataset", digits, *COMMON, "--noise", 2, "--data-dir", pathlib.Path(digits).parent]
+    run(*first, "--steps", 3, "--out", tmp_path / "first")
+    state = train.read_checkpoint(str(tmp_path / "first"))
+    second = [str(a) for a in (*first, "--steps", 1, "--seed", 5, "--sample-weight", 2, "--init", tmp_path / "first")]
+    begun = train.start(train.parse([*second, "--out", str(tmp_path / "second")])[0])[0]
+    new = begun.model.state_dict()
+    assert begun.step == 0 and begun.settings["init"] == str(tmp_path / "first")
+    assert all(torch.equal(new[name], tensor) for name, tensor in state["model"].items())
+    assert {name.split(".")[0] for name in new.keys() - state["model"].keys()} == {"sample_discriminator"}
+    assert all(torch.equal(begun.averaged.state_dict()[name], t) for name, t in state["averaged"].items())
+    begun.lock.close()
+    run("--resume", tmp_path / "second")
+    assert json.loads((tmp_path / "second" / "final.json").read_text())["settings"]["init"] == str(tmp_path / "first")
+    for options, says in ((("--global", 7), "other sizes"), (("--prior", "categorical"), "prior is gaussian")):
+        run(*second, *options, "--out", tmp_path / "third", expect=2)
+        assert says in capsys.readouterr().err and not (tmp_path / "third").exists()
+
+
 def test_labels_are_drawn_by_their_own_seed_or_that_of_the_run(digits, tmp_path):
     with np.load(digits) as arrays:
         y = arrays["y"]

@@ -569,7 +569,7 @@ def checked_settings(settings: dict) -> dict:
     defaults = vars(parse([])[0])
     kinds = {**defaults, **RECIPES["stable"], "epochs": 1.0, "steps": 1, "conditioning": "", "rates": [1.0],
              "shape": [1], "regularization": True, "labelled_rows": [1], "label_seed": 1, "data": {}, "out": "",
-             "image_size": 1}
+             "image_size": 1, "init": ""}
     for name in ("resume", "from", "sample", "reconstruct", "no_regularization", "seeds", "benchmark"):
         del kinds[name]
     found = {}
@@ -577,7 +577,7 @@ def checked_settings(settings: dict) -> dict:
         since = {"data": {}, "image_noise": 0.0, "code_penalty": 0.0, "paired_regularization": False,
                  "information_weight": 0.0, "elastic": 0.0, "decorrelation_weight": 0.0, "sample_weight": 0.0}
         value = found[name] = settings.get(name, {**defaults, **since}.get(name))
-        if value is None and name in ("out", "image_size"):
+        if value is None and name in ("out", "image_size", "init"):
             continue
         if type(value) is not type(kind) and not (type(value) is int and type(kind) is float):
             raise ValueError(f"setting {name} is of type {type(value).__name__}")
@@ -861,6 +861,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--out", help="the run's folder (runs/DATASET-GLOBAL-LOCAL-NUMBER)")
     add("--resume", metavar="RUN",
         help="go on with a run's folder or checkpoint; --epochs, --steps, --device and --data-dir may change")
+    add("--init", metavar="RUN", help="begin with the weights of another run of the same sizes, step 0 of a new one")
     add("--benchmark", action="store_true", help="a table: a step of ours, of the field's way, of plain float32")
 
     add = parser.add_argument_group("using a trained model").add_argument
@@ -1044,6 +1045,21 @@ def settings_of(args: argparse.Namespace, data: dict) -> dict:
     return settings
 
 
+def take_weights(run: Run, path: str) -> None:
+    """Begin with the networks of another run, a folder or checkpoint; what that run lacks, as a discriminator that it
+    was trained without, and all optimizers begin anew. InputError where encoder or decoder do not fit."""
+    state = read_checkpoint(path)
+    for name in ("model", "prior", "shape"):
+        if state["settings"][name] != run.settings[name]:
+            raise InputError(f"--init {path}: its {name} is {state['settings'][name]}, not {run.settings[name]}")
+    try:
+        run.model.load_state_dict(state["model"], strict=False)
+        run.averaged.load_state_dict(state["averaged"])
+    except RuntimeError:
+        raise InputError(f"--init {path}: its networks have other sizes; give the same --global, --local and "
+                         "--noise") from None
+
+
 def start(args: argparse.Namespace) -> tuple[Run, dict, str]:
     """A new run, its data and its folder."""
     data = load_dataset(args.dataset, args.data_dir, args.validation, pick_device(args.device), args.extra,
@@ -1053,6 +1069,8 @@ def start(args: argparse.Namespace) -> tuple[Run, dict, str]:
         run = Run(settings)
     except ValueError as error:  # an image size that no layout fits
         raise InputError(f"{args.dataset}: {error}") from None
+    if args.init:
+        take_weights(run, args.init)
     batch_indices(len(data["train"].x), settings["batch_size"], 0, 0)  # says so where the data are fewer than a batch
     return run, data, new_folder(run)
 
