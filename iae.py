@@ -473,10 +473,7 @@ class IAE(nn.Module):
         self.fitted_factor.copy_(vectors * values.clamp(min=0).sqrt())
 
     def discriminator_losses(self, x: Tensor, z_hat: Tensor | None, x_hat: Tensor) -> dict[str, Tensor]:
-        """What the discriminators descend, for data x and the model's (z_hat, x_hat): all constants here.
-
-        D(x) of samples sees both sides moved by up to two pixels (`shift`), or it would learn the data by heart.
-        """
+        """What the discriminators descend, for data x and the model's (z_hat, x_hat): all constants here."""
         losses = {}
         if self.reconstruction_discriminator is not None:
             losses["reconstruction_discriminator"] = discriminate(
@@ -488,8 +485,7 @@ class IAE(nn.Module):
             with torch.no_grad():
                 samples = self.sample(len(x))  # (batch, *shape)
             losses["sample_discriminator"] = discriminate(
-                self.sample_discriminator, real=(shift(x, 2),), fake=(shift(samples, 2),), objective=self.objective,
-                penalty=self.penalty)
+                self.sample_discriminator, real=(x,), fake=(samples,), objective=self.objective, penalty=self.penalty)
         return losses
 
     def regularization_discriminator_loss(self, z_hat: Tensor) -> Tensor:
@@ -529,8 +525,8 @@ class IAE(nn.Module):
             losses["agreement"] = self.agreement_weight * agreement_loss(z_hat, copies)  # the encoder's
         if self.sample_discriminator is not None:
             with torch.no_grad():
-                real = self.sample_discriminator(shift(x, 2)) if self.objective == "paired" else None
-            fake = self.sample_discriminator(shift(self.sample(len(x)), 2))
+                real = self.sample_discriminator(x) if self.objective == "paired" else None
+            fake = self.sample_discriminator(self.sample(len(x)))
             losses["samples"] = self.sample_weight * generator_loss(real, fake, self.objective)  # the decoder's
         return losses
 

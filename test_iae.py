@@ -477,13 +477,12 @@ class MeanPixel(nn.Module):
         return self.weight * x.mean((1, 2, 3))
 
 
-def test_the_gan_of_samples_takes_data_for_real_and_moves_the_decoder_alone(monkeypatch):
-    monkeypatch.setattr(iae, "shift", lambda x, most: x / most)  # both sides are moved, by up to two pixels
+def test_the_gan_of_samples_takes_data_for_real_and_moves_the_decoder_alone():
     x, z, n = torch.rand(6, *MNIST), torch.randn(6, 4), torch.randn(6, 3)
     for objective in ("gan", "paired"):
         model = IAE.for_images(MNIST, 4, 3, sample_weight=2.0, objective=objective)
         model.sample_discriminator, model.sample = MeanPixel(), lambda count: model.decode(z, n)[:count]
-        real, fake = 3 * (x / 2).mean((1, 2, 3)), 3 * (model.sample(6) / 2).mean((1, 2, 3))
+        real, fake = 3 * x.mean((1, 2, 3)), 3 * model.sample(6).mean((1, 2, 3))
         loss = model.discriminator_losses(x, *model(x))["sample_discriminator"]
         assert loss.item() == pytest.approx(iae.discriminator_loss(real, fake, objective).item(), rel=1e-4)
         assert gradients(model, loss) == {"sample_discriminator"}
@@ -1576,7 +1575,7 @@ def test_many_steps_take_no_more_memory_or_time_a_step(digits, tmp_path, tiny, m
     (("--decorrelation-weight", 1, "--model", "fiae"), "--decorrelation-weight"),
     (("--sample-weight", -1), "--sample-weight -1"), (("--sample-weight", 1, "--global", 0), "--sample-weight"),
     (("--sample-weight", 1, "--model", "fiae"), "--sample-weight"),
-    (("--sample-weight", 1, "--no-regularization"), "--sample-weight"),
+    (("--sample-weight", 1, "--no-regularization"), "--sample-weight"), (("--sample-rate", 0), "--sample-rate 0.0"),
     (("--paired-regularization",), "--paired-regularization"), (("--elastic", 0.1), "--elastic"),
     (("--model", "fiae", "--elastic", -1), "--elastic -1"), (("--information-weight", 1), "--information-weight"),
     (("--seeds", 1, 1), "--seeds"),

@@ -56,6 +56,7 @@ RECIPES = {
         code_penalty=0.0,  # gamma of R1 on the code alone, in D(x, z)
         decorrelation_weight=0.0,  # of the covariances between the dimensions of the IAE's Gaussian code
         sample_weight=0.0,  # of a third GAN, whose D(x) sees samples from the IAE's prior, in what the decoder descends
+        sample_rate=1e-3,  # Adam's, of that D(x): slower ones learn little where only some samples are bad
         paired_regularization=False,  # the FIAE's D(x) as a relativistic GAN
         information_weight=0.0,  # of what asks the FIAE's images to tell their codes; grows to it over training
         code_noise=0.0,  # deviation of the noise in which the IAE's D(z), the FIAE's D(x, z) sees codes
@@ -79,6 +80,7 @@ RECIPES = {
         code_penalty=0.0,
         decorrelation_weight=0.0,
         sample_weight=0.0,
+        sample_rate=1e-3,
         paired_regularization=False,
         information_weight=0.0,
         code_noise=0.0,
@@ -163,7 +165,7 @@ class Run:
                     self.model.generator if flipped else self.model.decoder,
                     self.model.reconstruction_discriminator, self.model.regularization_discriminator,
                     None if flipped else self.model.sample_discriminator)
-        rates = *settings["rates"], settings["rates"][2]  # both discriminators of images have one
+        rates = *settings["rates"], settings["sample_rate"]
         groups = [{"params": [] if network is None else list(network.parameters()), "rate": rate}
                   for network, rate in zip(networks, rates)]
         betas = (settings["beta1"], 0.99)
@@ -575,7 +577,8 @@ def checked_settings(settings: dict) -> dict:
     found = {}
     for name, kind in kinds.items():
         since = {"data": {}, "image_noise": 0.0, "code_penalty": 0.0, "paired_regularization": False,
-                 "information_weight": 0.0, "elastic": 0.0, "decorrelation_weight": 0.0, "sample_weight": 0.0}
+                 "information_weight": 0.0, "elastic": 0.0, "decorrelation_weight": 0.0, "sample_weight": 0.0,
+                 "sample_rate": 1e-3}
         value = found[name] = settings.get(name, {**defaults, **since}.get(name))
         if value is None and name in ("out", "image_size", "init"):
             continue
@@ -900,6 +903,7 @@ def recipe_flags(add_argument: Callable) -> None:
         help="of the squared covariances between the dimensions of the IAE's Gaussian code")
     add("--sample-weight", type=float, metavar="WEIGHT",
         help="of a third GAN, whose D(x) sees samples from the IAE's prior and moves the decoder")
+    add("--sample-rate", type=float, metavar="RATE", help="learning rate of that D(x)")
     add("--paired-regularization", action=argparse.BooleanOptionalAction, default=None, help="of FIAE's D(x)")
     add("--information-weight", type=float, metavar="WEIGHT", help="of FIAE's images telling their codes, in the end")
     add("--code-noise", type=float, metavar="DEVIATION", help="of noise on codes for the IAE's D(z), FIAE's D(x, z)")
@@ -943,9 +947,9 @@ def check(error, args: argparse.Namespace) -> None:
         error(f"--regularization-steps {args.regularization_steps}: must be 1 or more")
     if args.shift > 8:
         error(f"--shift {args.shift}: at most 8 pixels, or digits leave their pictures")
-    for rate in args.rates or ():
-        if not 0 < rate < 1:
-            error(f"--rates {rate}: a learning rate must be above 0 and below 1")
+    for flag, rate in [*(("--rates", rate) for rate in args.rates or ()), ("--sample-rate", args.sample_rate)]:
+        if rate is not None and not 0 < rate < 1:
+            error(f"{flag} {rate}: a learning rate must be above 0 and below 1")
     for name in ("penalty", "regularization_penalty", "reconstruction_weight", "regularization_weight", "code_noise",
                  "code_penalty", "image_noise", "agreement_weight", "local_scale", "elastic", "information_weight",
                  "decorrelation_weight", "sample_weight"):
