@@ -81,10 +81,8 @@ def shift(x: Tensor, most: int) -> Tensor:
     """Images x (batch, channels, height, width), all moved alike, at random, by up to `most` pixels each way.
 
     Pixels of the border fill what opens beyond it."""
-    down, right = torch.randint(-most, most + 1, (2,), device=x.device)  # not read here: a CUDA graph may hold this
-    rows = (torch.arange(x.shape[2], device=x.device) + down).clamp(0, x.shape[2] - 1)
-    columns = (torch.arange(x.shape[3], device=x.device) + right).clamp(0, x.shape[3] - 1)
-    return x.index_select(2, rows).index_select(3, columns)
+    down, right = torch.randint(2 * most + 1, (2,)).tolist()
+    return F.pad(x, (most,) * 4, mode="replicate")[:, :, down:down + x.shape[2], right:right + x.shape[3]]
 
 
 def ripple(x: Tensor, deviation: float) -> Tensor:
