@@ -522,7 +522,7 @@ class IAE(nn.Module):
             copies = self.encode(self.deformed(x))  # (batch, global_size)
             losses["agreement"] = self.agreement_weight * agreement_loss(z_hat, copies)  # the encoder's
         if self.sample_discriminator is not None:
-            with torch.no_grad():
+            with torch.no_grad():  # paired as in a plain GAN, whose pairs share nothing either (RpGAN)
                 real = self.sample_discriminator(x) if self.objective == "paired" else None
             fake = self.sample_discriminator(self.sample(len(x)))
             losses["samples"] = self.sample_weight * generator_loss(real, fake, self.objective)  # the decoder's

@@ -137,6 +137,12 @@ def build_model(settings: dict) -> IAE | FIAE:
     return IAE.for_images(*sizes, **options)
 
 
+def drop_discriminators(model: IAE | FIAE) -> None:
+    """Leaves what is evaluated and used: encoder and decoder."""
+    for name in [name for name, _ in model.named_children() if "discriminator" in name]:
+        setattr(model, name, None)
+
+
 def recent_size(settings: dict, model: IAE | FIAE) -> tuple[int, int] | None:
     """(batches, rows) of the codes kept for the further steps of the IAE's D(z); None where it makes none."""
     if settings["regularization_steps"] == 1 or isinstance(model, FIAE) or model.regularization_discriminator is None:
@@ -155,8 +161,7 @@ class Run:
         self.model = build_model(settings).to(self.device, memory_format=torch.channels_last)
         # The average of the weights over steps is what is evaluated, drawn and loaded for use.
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
-        for name in ("reconstruction_discriminator", "regularization_discriminator", "sample_discriminator"):
-            setattr(self.averaged, name, None)
+        drop_discriminators(self.averaged)
         names = dict(self.model.named_parameters())
         self.discriminators = [p for name, p in names.items() if "discriminator" in name]
         self.autoencoder = [p for name, p in names.items() if "discriminator" not in name]
@@ -239,7 +244,8 @@ def update(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor
         codes_and_images = model(x)  # one pass serves both players
 
     # 1. The discriminators descend Eq. 1: (x, z_hat) is real, (x_hat, z_hat) fake; z ~ p(z) is real, z_hat fake.
-    #    In the FIAE (x_hat, z) is real, (x_hat, z_hat) fake; x is real, x_hat fake.
+    #    In the FIAE (x_hat, z) is real, (x_hat, z_hat) fake; x is real, x_hat fake. With --sample-weight the IAE has
+    #    a third: x is real, samples g(z, n) of fresh z ~ p(z) are fake.
     with precision:
         losses = model.discriminator_losses(x, *codes_and_images)
     if losses:
@@ -256,7 +262,8 @@ def update(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor
         run.recent.copy_(torch.cat([run.recent[1:], codes_and_images[0].detach()[None]]))
 
     # 2. Encoder and decoder descend T = -log D of the negative pair (Eq. 9-10), and the encoder the cost of
-    #    KL(q(z) || p(z)). The discriminators only judge here: `inputs` spares their weights' gradients.
+    #    KL(q(z) || p(z)), the decoder that of samples. The discriminators only judge here: `inputs` spares their
+    #    weights' gradients.
     with precision:
         generative = model.autoencoder_losses(x, *codes_and_images)
         if labelled is not None:
@@ -624,8 +631,7 @@ def load_checkpoint(path: str, device: str = "cpu") -> IAE | FIAE:
     """
     state = read_checkpoint(path)
     model = build_model(state["settings"])
-    for name in ("reconstruction_discriminator", "regularization_discriminator", "sample_discriminator"):
-        setattr(model, name, None)
+    drop_discriminators(model)
     model.load_state_dict(state["averaged"])
     return model.to(device).eval().requires_grad_(False)
 
@@ -1055,7 +1061,8 @@ def take_weights(run: Run, path: str) -> None:
     state = read_checkpoint(path)
     for name in ("model", "prior", "shape"):
         if state["settings"][name] != run.settings[name]:
-            raise InputError(f"--init {path}: its {name} is {state['settings'][name]}, not {run.settings[name]}")
+            raise InputError(f"--init {path}: its {name} is {state['settings'][name]}, not {run.settings[name]}; "
+                             "name a run of the same")
     try:
         run.model.load_state_dict(state["model"], strict=False)
         run.averaged.load_state_dict(state["averaged"])
