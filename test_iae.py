@@ -957,7 +957,9 @@ def test_init_begins_with_the_weights_of_another_run(digits, tmp_path, capsys):
     begun.lock.close()
     run("--resume", tmp_path / "second")
     assert json.loads((tmp_path / "second" / "final.json").read_text())["settings"]["init"] == str(tmp_path / "first")
-    for options, says in ((("--global", 7), "other sizes"), (("--prior", "categorical"), "prior is gaussian")):
+    for options, says in ((("--global", 7), "other kinds or sizes"), (("--prior", "categorical"), "prior is gaussian"),
+                          (("--conditioning", "invariant"), "other kinds or sizes"),
+                          (("--no-batch-norm",), "other kinds or sizes")):
         run(*second, *options, "--out", tmp_path / "third", expect=2)
         assert says in capsys.readouterr().err and not (tmp_path / "third").exists()
 

@@ -1057,18 +1057,22 @@ def settings_of(args: argparse.Namespace, data: dict) -> dict:
 
 def take_weights(run: Run, path: str) -> None:
     """Begin with the networks of another run, a folder or checkpoint; what that run lacks, as a discriminator that it
-    was trained without, and all optimizers begin anew. InputError where encoder or decoder do not fit."""
+    was trained without, and all optimizers begin anew. InputError where a network of both does not fit."""
     state = read_checkpoint(path)
     for name in ("model", "prior", "shape"):
         if state["settings"][name] != run.settings[name]:
             raise InputError(f"--init {path}: its {name} is {state['settings'][name]}, not {run.settings[name]}; "
                              "name a run of the same")
     try:
-        run.model.load_state_dict(state["model"], strict=False)
+        for name, network in run.model.named_children():
+            weights = {key.removeprefix(f"{name}."): value for key, value in state["model"].items()
+                       if key.startswith(f"{name}.")}
+            if weights:
+                network.load_state_dict(weights)
         run.averaged.load_state_dict(state["averaged"])
     except RuntimeError:
-        raise InputError(f"--init {path}: its networks have other sizes; give the same --global, --local and "
-                         "--noise") from None
+        raise InputError(f"--init {path}: its networks are of other kinds or sizes; give the same --global, --local, "
+                         "--noise, --conditioning and --batch-norm") from None
 
 
 def start(args: argparse.Namespace) -> tuple[Run, dict, str]:
