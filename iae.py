@@ -358,7 +358,8 @@ class IAE(nn.Module):
     The networks are any modules with the signatures of those above (`IAE.for_images` makes Appendix D.2's).
     encoder None (global size 0) is a plain GAN; reconstruction_discriminator None replaces the reconstruction
     GAN by the Euclidean cost (with regularization: the AAE); regularization_discriminator None drops KL(q(z) || p(z)).
-    sample_discriminator, not in the paper, is a third GAN's D(x): data are real, samples g(z, n) of z ~ p(z) fake.
+    sample_discriminator, not in the paper, is a third GAN's D(x): data are real, samples g(z, n) of z ~ p(z) fake; its
+    sample_weight, 0 without it, is of its loss in what the decoder descends.
 
     Section 2's cases: 1 local_size 0 without regularization, 2 local_size 0, 3 without regularization, 4 as it is.
     Not in the paper: code_penalty of D(x, z)'s gradient by the code (`discriminate`); for a Gaussian z
@@ -373,7 +374,7 @@ class IAE(nn.Module):
                  regularization_penalty: float | None = None, positive_gradient: bool = False,
                  reconstruction_weight: float = 1.0, regularization_weight: float = 1.0,
                  agreement_weight: float = 0.0, elastic: float = 0.0, code_noise: float = 0.0,
-                 code_penalty: float = 0.0, decorrelation_weight: float = 0.0, sample_weight: float = 1.0):
+                 code_penalty: float = 0.0, decorrelation_weight: float = 0.0, sample_weight: float = 0.0):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.reconstruction_discriminator = reconstruction_discriminator
@@ -443,10 +444,18 @@ class IAE(nn.Module):
         """
         return self.forward(x)[1]
 
-    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """(z_hat, x_hat) for images x (Figure 1); z_hat is None for a plain GAN."""
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor] | tuple[Tensor, Tensor, Tensor]:
+        """(z_hat, x_hat) for images x (Figure 1); z_hat is None for a plain GAN.
+
+        In training with a GAN of samples (z_hat, x_hat, samples), as many samples as images: the decoder makes both
+        in one batch, as its BatchNorm, once it is trained, has one set of statistics for both.
+        """
         z_hat = self.encode(x)
         batch = x.shape[:x.dim() - len(self.shape)]
+        if self.training and self.sample_weight:
+            codes = torch.cat([z_hat, self.sample_codes(*batch)], dim=-2)  # (..., 2 batch, global_size)
+            x_hat, samples = self.decode(codes).chunk(2, dim=len(batch) - 1)
+            return z_hat, x_hat, samples
         n = torch.randn(*batch, self.local_size, device=x.device) if self.local_size else None
         return z_hat, self.decode(z_hat, n)
 
@@ -470,8 +479,9 @@ class IAE(nn.Module):
         self.fitted_mean.copy_(z.mean(0))
         self.fitted_factor.copy_(vectors * values.clamp(min=0).sqrt())
 
-    def discriminator_losses(self, x: Tensor, z_hat: Tensor | None, x_hat: Tensor) -> dict[str, Tensor]:
-        """What the discriminators descend, for data x and the model's (z_hat, x_hat): all constants here."""
+    def discriminator_losses(self, x: Tensor, z_hat: Tensor | None, x_hat: Tensor,
+                             samples: Tensor | None = None) -> dict[str, Tensor]:
+        """What the discriminators descend, for data x and what `forward` made of them: all constants here."""
         losses = {}
         if self.reconstruction_discriminator is not None:
             losses["reconstruction_discriminator"] = discriminate(
@@ -479,9 +489,7 @@ class IAE(nn.Module):
                 objective=self.objective, penalty=self.penalty, code_penalty=self.code_penalty)
         if self.regularization_discriminator is not None:
             losses["regularization_discriminator"] = self.regularization_discriminator_loss(z_hat)
-        if self.sample_discriminator is not None:  # data are real, samples from fresh z ~ p(z) fake, a constant
-            with torch.no_grad():
-                samples = self.sample(len(x))  # (batch, *shape)
+        if self.sample_discriminator is not None:  # data are real, samples from z ~ p(z) fake
             losses["sample_discriminator"] = discriminate(
                 self.sample_discriminator, real=(x,), fake=(samples,), objective=self.objective, penalty=self.penalty)
         return losses
@@ -494,11 +502,13 @@ class IAE(nn.Module):
             self.regularization_discriminator, real=(real,), fake=(blurred(z_hat, self.code_noise),),
             objective="gan" if self.objective == "paired" else self.objective, penalty=self.regularization_penalty)
 
-    def autoencoder_losses(self, x: Tensor, z_hat: Tensor | None, x_hat: Tensor) -> dict[str, Tensor]:
-        """What encoder and decoder descend (Eq. 9-10), for data x and (z_hat, x_hat) with their gradients.
+    def autoencoder_losses(self, x: Tensor, z_hat: Tensor | None, x_hat: Tensor,
+                           samples: Tensor | None = None) -> dict[str, Tensor]:
+        """What encoder and decoder descend (Eq. 9-10), for data x and what `forward` made, with its gradients.
 
         The reconstruction loss reaches the decoder through x_hat, and the encoder through x_hat and through z_hat,
-        but not through the z_hat of the positive pair. The regularization loss reaches the encoder alone.
+        but not through the z_hat of the positive pair. The regularization loss reaches the encoder alone, that of
+        samples the decoder, and the encoder only through the batch statistics that samples share with x_hat.
         """
         losses = {}
         if self.reconstruction_discriminator is None:  # -log p(x|z) of a unit Gaussian, as in the AAE
@@ -524,7 +534,7 @@ class IAE(nn.Module):
         if self.sample_discriminator is not None:
             with torch.no_grad():  # paired as in a plain GAN, whose pairs share nothing either (RpGAN)
                 real = self.sample_discriminator(x) if self.objective == "paired" else None
-            fake = self.sample_discriminator(self.sample(len(x)))
+            fake = self.sample_discriminator(samples)
             losses["samples"] = self.sample_weight * generator_loss(real, fake, self.objective)  # the decoder's
         return losses
 

@@ -477,20 +477,36 @@ class MeanPixel(nn.Module):
         return self.weight * x.mean((1, 2, 3))
 
 
-def test_the_gan_of_samples_takes_data_for_real_and_moves_the_decoder_alone():
-    x, z, n = torch.rand(6, *MNIST), torch.randn(6, 4), torch.randn(6, 3)
+def test_the_gan_of_samples_takes_data_for_real_and_moves_the_decoder():
+    x = torch.rand(6, *MNIST)
     for objective in ("gan", "paired"):
         model = IAE.for_images(MNIST, 4, 3, sample_weight=2.0, objective=objective)
-        model.sample_discriminator, model.sample = MeanPixel(), lambda count: model.decode(z, n)[:count]
-        real, fake = 3 * x.mean((1, 2, 3)), 3 * model.sample(6).mean((1, 2, 3))
-        loss = model.discriminator_losses(x, *model(x))["sample_discriminator"]
+        model.sample_discriminator = MeanPixel()
+        outputs = z_hat, x_hat, samples = model(x)
+        real, fake = 3 * x.mean((1, 2, 3)), 3 * samples.mean((1, 2, 3))
+        loss = model.discriminator_losses(x, *outputs)["sample_discriminator"]
         assert loss.item() == pytest.approx(iae.discriminator_loss(real, fake, objective).item(), rel=1e-4)
         assert gradients(model, loss) == {"sample_discriminator"}
         model.sample_discriminator.requires_grad_(False)
-        loss = model.autoencoder_losses(x, *model(x))["samples"]
+        loss = model.autoencoder_losses(x, *outputs)["samples"]
         expected = iae.generator_loss(real if objective == "paired" else None, fake, objective)
         assert loss.item() == pytest.approx(2 * expected.item(), rel=1e-4)
-        assert gradients(model, loss) == {"decoder"}
+        assert gradients(model, loss) == {"encoder", "decoder"}  # the encoder through the batch's statistics alone:
+        for norm in model.decoder.modules():
+            if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                norm.eval()
+        assert gradients(model, model.autoencoder_losses(x, *model(x))["samples"]) == {"decoder"}
+
+
+def test_samples_and_reconstructions_share_the_decoders_batch_statistics():
+    x, seen = torch.rand(6, *MNIST), []
+    model = IAE.for_images(MNIST, 4, 3, sample_weight=2.0)
+    model.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    z_hat, x_hat, samples = model(x)
+    (codes, n), = seen
+    assert torch.equal(codes[:6], z_hat) and not torch.equal(codes[6:], z_hat) and n.shape == (12, 3)
+    assert torch.equal(torch.cat([x_hat, samples]), model.decode(codes, n))
+    assert len(model.eval()(x)) == 2
 
 
 def test_each_switch_removes_exactly_what_it_says():
