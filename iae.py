@@ -359,7 +359,7 @@ class IAE(nn.Module):
     encoder None (global size 0) is a plain GAN; reconstruction_discriminator None replaces the reconstruction
     GAN by the Euclidean cost (with regularization: the AAE); regularization_discriminator None drops KL(q(z) || p(z)).
     sample_discriminator, not in the paper, is a third GAN's D(x): data are real, samples g(z, n) of z ~ p(z) fake; its
-    sample_weight, 0 without it, is of its loss in what the decoder descends.
+    sample_weight, of its loss in what the decoder descends, must be above 0 then (ValueError).
 
     Section 2's cases: 1 local_size 0 without regularization, 2 local_size 0, 3 without regularization, 4 as it is.
     Not in the paper: code_penalty of D(x, z)'s gradient by the code (`discriminate`); for a Gaussian z
@@ -376,6 +376,8 @@ class IAE(nn.Module):
                  agreement_weight: float = 0.0, elastic: float = 0.0, code_noise: float = 0.0,
                  code_penalty: float = 0.0, decorrelation_weight: float = 0.0, sample_weight: float = 0.0):
         super().__init__()
+        if sample_discriminator is not None and not sample_weight:
+            raise ValueError("sample_discriminator: give a sample_weight above 0 too")
         self.encoder, self.decoder = encoder, decoder
         self.reconstruction_discriminator = reconstruction_discriminator
         self.regularization_discriminator = regularization_discriminator

@@ -507,6 +507,8 @@ def test_samples_and_reconstructions_share_the_decoders_batch_statistics():
     assert torch.equal(codes[:6], z_hat) and not torch.equal(codes[6:], z_hat) and n.shape == (12, 3)
     assert torch.equal(torch.cat([x_hat, samples]), model.decode(codes, n))
     assert len(model.eval()(x)) == 2
+    with pytest.raises(ValueError, match="sample_weight"):
+        IAE(model.encoder, model.decoder, None, None, MeanPixel(), shape=MNIST, global_size=4, local_size=3)
 
 
 def test_each_switch_removes_exactly_what_it_says():
