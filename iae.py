@@ -491,7 +491,7 @@ class IAE(nn.Module):
                 objective=self.objective, penalty=self.penalty, code_penalty=self.code_penalty)
         if self.regularization_discriminator is not None:
             losses["regularization_discriminator"] = self.regularization_discriminator_loss(z_hat)
-        if self.sample_discriminator is not None:  # data are real, samples from z ~ p(z) fake
+        if self.sample_discriminator is not None:  # data are real, samples g(z, n) of z ~ p(z) fake
             losses["sample_discriminator"] = discriminate(
                 self.sample_discriminator, real=(x,), fake=(samples,), objective=self.objective, penalty=self.penalty)
         return losses

@@ -241,11 +241,12 @@ def update(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor
     precision = torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings["precision"] == "bf16")
     with precision:
         # IAE: z_hat ~ q(z|x), x_hat ~ p(x|z_hat). FIAE: z ~ p(z), x_hat ~ p(x|z), z_hat ~ q(z|x_hat).
+        # With --sample-weight the IAE makes samples too, g(z, n) of z ~ p(z), in the batch of x_hat.
         codes_and_images = model(x)  # one pass serves both players
 
     # 1. The discriminators descend Eq. 1: (x, z_hat) is real, (x_hat, z_hat) fake; z ~ p(z) is real, z_hat fake.
     #    In the FIAE (x_hat, z) is real, (x_hat, z_hat) fake; x is real, x_hat fake. With --sample-weight the IAE has
-    #    a third: x is real, samples g(z, n) of fresh z ~ p(z) are fake.
+    #    a third: x is real, samples are fake.
     with precision:
         losses = model.discriminator_losses(x, *codes_and_images)
     if losses:
