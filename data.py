@@ -484,7 +484,7 @@ def warn_of_partial(label: str, counts: list[str]) -> None:
 
 
 def load_npz(path: Path) -> tuple[Images, Images]:
-    """(train, test) of an `.npz` file; the test part is a tenth of it (at least one image), always the same one.
+    """(train, test) of an `.npz` file; the test part is a tenth of it (at least two images), always the same one.
 
     The file holds x, uint8 of shape (N, H, W), (N, H, W, 1) or (N, H, W, 3), and may hold y, N integer labels from
     0 to MOST_LABEL, or of shape (N, attributes), 0 or 1. Pickled objects are refused. Raises InputError.
@@ -544,7 +544,8 @@ def load_folder(folder: Path, image_size: int | None) -> tuple[Images, Images]:
     else:
         if image_size != 28 and not (8 <= image_size <= 1024 and image_size % 8 == 0):
             raise InputError(f"--image-size {image_size}: use 28, 48 or another multiple of 8, up to 1024")
-        shape, crop, wanted = (image_size, image_size), central_square, None
+        shape, wanted = (image_size, image_size), None
+        crop = lambda size: central_part(size, shape)  # noqa: E731
 
     def read(path: Path) -> np.ndarray:
         if path.stat().st_size > MOST_BYTES:
@@ -589,11 +590,25 @@ def common_size(folder: Path, paths: list[Path]) -> tuple[int, int]:
     raise InputError(f"{folder}: none of its {len(paths)} pictures can be read; use PNG or JPEG files")
 
 
+def load_picture(path: str, shape: tuple[int, int, int]) -> Tensor:
+    """One picture as `load_folder` takes it, uint8 of `shape` = (channels, height, width): its largest central part of
+    that shape's proportions, brought to that size, grey where channels is 1. Raises InputError where it is broken."""
+    channels, *sides = shape
+    try:
+        with quiet_pillow():
+            x = read_picture(path, lambda size: central_part(size, sides), tuple(sides), None)
+    except PICTURE_ERRORS as error:
+        raise InputError(f"{path}: not a readable picture ({brief(error)}); use a PNG or JPEG") from None
+    if channels == 1:
+        x = np.asarray(Image.fromarray(x.transpose(1, 2, 0)).convert("L"))[None]
+    return torch.from_numpy(x.copy())
+
+
 def with_test_part(images: Images, path: Path) -> tuple[Images, Images]:
-    """(train, test): a tenth, at least one image, is the test part. InputError where there are fewer than two."""
-    if len(images.x) < 2:
-        raise InputError(f"{path}: N = {len(images.x)}; at least 2 images are needed, to train on and to test on")
-    return split(images, max(1, len(images.x) // 10))
+    """(train, test): a tenth, at least two images, is the test part. InputError where there are fewer than four."""
+    if len(images.x) < 4:
+        raise InputError(f"{path}: N = {len(images.x)}; at least 4 images are needed, to train on and to test on")
+    return split(images, max(2, len(images.x) // 10))
 
 
 # ------------------------------------------------------------------------------------------------------------- readers
@@ -763,11 +778,12 @@ def read_array(file: BinaryIO, size: int, packed: int) -> np.ndarray:
     return flat
 
 
-def central_square(size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The box (left, upper, right, lower) of the largest central square of a picture of `size` = (width, height)."""
-    width, height = size
-    side = min(size)
-    return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+def central_part(size: tuple[int, int], shape: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The box (left, upper, right, lower) of the largest central part of a picture of `size` = (width, height) with the
+    proportions of `shape` = (height, width)."""
+    scale = min(size[0] / shape[1], size[1] / shape[0])
+    width, height = scale * shape[1], scale * shape[0]
+    return (size[0] - width) / 2, (size[1] - height) / 2, (size[0] + width) / 2, (size[1] + height) / 2
 
 
 def read_picture(file, crop: Callable, shape: tuple[int, int], wanted: tuple[int, int] | None) -> np.ndarray:

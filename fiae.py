@@ -5,8 +5,9 @@
     regularization discriminator       D(x)                   x ~ p_data is real, x_hat ~ p(x) is fake
     reconstruction discriminator       D(x, z)                (x_hat, z) is real, (x_hat, z_hat) is fake
 
-The data meet the regularization GAN alone: the recognition network is trained on what the generator dreams up. The
-cost is Eq. 15, KL(p(x) || p_data) + KL(p(x, z) || s(x, z)) with s(x, z) = p(x) q(z|x) (Eq. 11). The players take turns:
+The data meet the regularization GAN alone: the recognition network is trained on what the generator dreams up (with an
+agreement_weight on the data too). The cost is Eq. 15, KL(p(x) || p_data) + KL(p(x, z) || s(x, z)) with s(x, z) = p(x)
+q(z|x) (Eq. 11). The players take turns:
 
     1. both discriminators descend `discriminator_loss` (Eq. 1); x_hat and z_hat are constants to them;
     2. generator and recognition network descend -log D of the *negative* pair (x_hat, z_hat), in which x_hat moves in
@@ -228,7 +229,10 @@ class InfoGAN(FIAE):
 
     def posterior(self, x: Tensor) -> Distribution:
         """q(z|x) as a distribution over codes (batch, global_size), for x (batch, *shape)."""
-        parameters = self.recognition(x, None).float()
+        return self.distribution(self.recognition(x, None).float())
+
+    def distribution(self, parameters: Tensor) -> Distribution:
+        """The posterior that the recognition network's outputs stand for."""
         if self.prior == "categorical":
             return OneHotCategorical(logits=parameters, validate_args=False)
         mean, log_deviation = parameters.chunk(2, dim=-1)  # (batch, global_size) each
@@ -238,14 +242,15 @@ class InfoGAN(FIAE):
         """A sample z_hat ~ q(z|x), (batch, global_size), without gradient; eps is not used."""
         return self.posterior(x).sample()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """(z, x_hat, seen, None): the cost needs the density q(z|x_hat), no sample of it."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(z, x_hat, seen, parameters of q(z|x_hat)): the cost needs the density of z there, no sample of it."""
         z = self.sample_codes(*x.shape[:x.dim() - len(self.shape)])
         x_hat = self.decode(z)
-        return z, x_hat, self.corrupted(x_hat), None
+        seen = self.corrupted(x_hat)
+        return z, x_hat, seen, self.recognition(self.dreamt(seen), None).float()
 
-    def reconstruction_loss(self, z: Tensor, seen: Tensor, z_hat: None = None) -> Tensor:
+    def reconstruction_loss(self, z: Tensor, seen: Tensor, parameters: Tensor) -> Tensor:
         """E[-log q(z|x_hat)], Eq. 13: reaches the recognition network, and the generator by x_hat."""
-        if self.prior == "categorical":  # the checks of `posterior` would wait for the device, which no CUDA graph does
-            return -(z * self.recognition(self.dreamt(seen), None).float().log_softmax(-1)).sum(-1).mean()
-        return -self.posterior(self.dreamt(seen)).log_prob(z).mean()
+        if self.prior == "categorical":  # `distribution` has checks that wait for the device, which no CUDA graph does
+            return -(z * parameters.log_softmax(-1)).sum(-1).mean()
+        return -self.distribution(parameters).log_prob(z).mean()

@@ -390,7 +390,9 @@ class IAE(nn.Module):
         self.agreement_weight, self.elastic = agreement_weight, elastic
         self.code_noise, self.code_penalty = code_noise, code_penalty
         self.decorrelation_weight = decorrelation_weight
-        self.register_buffer("fitted_mean", torch.zeros(global_size))  # of `fit_gaussian`
+        # Cases 1 and 3: nothing makes q(z) a given p(z), so samples are drawn from what `fit_gaussian` fits to it.
+        self.fitted_prior = regularization_discriminator is None and prior == "gaussian"
+        self.register_buffer("fitted_mean", torch.zeros(global_size))
         self.register_buffer("fitted_factor", torch.eye(global_size))
 
     @classmethod
@@ -461,20 +463,21 @@ class IAE(nn.Module):
         n = torch.randn(*batch, self.local_size, device=x.device) if self.local_size else None
         return z_hat, self.decode(z_hat, n)
 
-    def sample_codes(self, *batch: int, fitted: bool = False) -> Tensor | None:
-        """z ~ p(z), (*batch, global_size); with `fitted` from the Gaussian that `fit_gaussian` fitted to q(z)."""
+    def sample_codes(self, *batch: int) -> Tensor | None:
+        """z ~ p(z), (*batch, global_size); in cases 1 and 3 from the Gaussian that `fit_gaussian` fitted to q(z)."""
         if self.encoder is None:
             return None
-        z = sample_prior("gaussian" if fitted else self.prior, *batch, self.global_size, device=self.fitted_mean.device)
-        return self.fitted_mean + z @ self.fitted_factor.T if fitted else z
+        z = sample_prior(self.prior, *batch, self.global_size, device=self.fitted_mean.device)
+        return self.fitted_mean + z @ self.fitted_factor.T if self.fitted_prior else z
 
-    def sample(self, count: int, fitted: bool = False) -> Tensor:
-        """x ~ p(x): `count` images from codes of the prior (cases 2, 4), or of the Gaussian fitted to q(z) (case 3)."""
+    def sample(self, count: int) -> Tensor:
+        """x ~ p(x): `count` images (count, *shape) from codes of `sample_codes`."""
         n = torch.randn(count, self.local_size, device=self.fitted_mean.device) if self.local_size else None
-        return self.decode(self.sample_codes(count, fitted=fitted), n)
+        return self.decode(self.sample_codes(count), n)
 
     def fit_gaussian(self, z: Tensor) -> None:
-        """Fit a full-covariance Gaussian to codes z (count, global_size) of data: case 3's prior after training."""
+        """Fit a full-covariance Gaussian to codes z (count, global_size) of data: cases 1 and 3's prior after training,
+        a standard normal before."""
         z = z.double()
         covariance = torch.cov(z.T).reshape(self.global_size, self.global_size)
         values, vectors = torch.linalg.eigh(covariance)  # a square root that exists where a code dimension is constant

@@ -1,7 +1,7 @@
 """What the project measures: Figure 2 as numbers, and the distances between samples that both scripts use.
 
-Images x, x_hat are (batch, channels, height, width) in the network's range; codes z are (batch, size). Every function
-returns plain Python numbers, so that they can be written to JSON as they are. `evaluate` collects the ones of a run.
+Images x, x_hat are (batch, channels, height, width) in the network's range; codes z are (batch, size). `evaluate` and
+`evaluate_clusters` collect the numbers of a run, in plain Python, so that they can be written to JSON as they are.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import InputError, save
+from data import InputError, brief, save
 from iae import shift, to_range
 
 SIMILAR_DIGITS = ((3, 5, 8), (4, 9))  # Section 2.1.1: "visually similar digits such as {3, 5, 8} or {4, 9}"
@@ -457,12 +457,11 @@ def evaluate_clusters(model: nn.Module, train: tuple, test: tuple, classifier: C
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier | None, count: int = 10000,
-             fitted: bool = False) -> dict:
+def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier | None, count: int = 10000) -> dict:
     """Every number of a run on at most `count` test images, in plain Python; README's legend explains the names.
 
-    train, test: (x uint8, y) pairs. `fitted` samples from the Gaussian fitted to q(z) in place of p(z) (case 3). The
-    noise is drawn from a fixed seed, and the caller's random state is left as it was.
+    train, test: (x uint8, y) pairs, of two images or more. The noise is drawn from a fixed seed, and the caller's random
+    state is left as it was.
     """
     shape, device, names = model.shape, train[0].device, getattr(test, "names", ())
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -470,15 +469,14 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
         x_train, x_test = train[0][torch.randperm(len(train[0]))[:count].to(device)], test[0][:count]
         x = to_range(x_test, shape)
         z, x_hat = draw(model, x_test)
-        how = {"fitted": True} if fitted else {}
-        samples = torch.cat([model.sample(len(part), **how) for part in x_test.split(500)])
+        samples = torch.cat([model.sample(len(part)) for part in x_test.split(500)])
         numbers = {"test_images": len(x_test)}
         if z is not None:
             numbers["reconstruction_mse"] = (x_hat[0] - x).square().mean().item()
             numbers["contrast"] = (x_hat[0].std() / x.std()).item()
             diverse = x_test[:1000]
             numbers["local_diversity"] = local_diversity(draw(model, diverse, draws=10)[1], to_range(diverse, shape))
-            prior = model.sample_codes(len(z), **how)
+            prior = model.sample_codes(len(z))
             numbers.update({f"code_{name}": value for name, value in mmd_test(z, prior).items()})
         if shape[0] == 3 and model.local_size:
             some = x_test[:1000]
@@ -516,7 +514,7 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
             return numbers
 
         on_reconstructions = classifier.last(features).argmax(1)
-        matrix = confusions(on_reconstructions, y, len(shares))
+        matrix = confusions(on_reconstructions, y, max(len(shares), int(y.max()) + 1))
         numbers["labels_kept"] = (matrix.trace() / matrix.sum()).item()
         numbers["predictions_kept"] = (on_reconstructions == on_data).double().mean().item()
         numbers["confusion_matrix"] = matrix.tolist()
@@ -526,17 +524,23 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
         y_train, (z_train, seen) = train[1][rows].long(), draw(model, train[0][rows])
         numbers["labels_kept_training"] = (classifier(seen[0]).argmax(1) == y_train).double().mean().item()
         numbers["linear_probe"] = linear_probe(z_train, y_train, z, y)
-        if model.prior == "gaussian" and not fitted:
+        if model.prior == "gaussian":
             numbers |= borders(model, z, z_train, y_train, classifier)
     return numbers
 
 
 def table(paths: list[str]) -> str:
-    """README's table of runs, as Markdown, from their final.json files: a column a run, a row a number."""
+    """README's table of runs, as Markdown, from their final.json files: a column a run, a row a number. InputError where
+    one is another file."""
     finals = {}
     for path in paths:
-        with open(path) as file:
-            finals[path] = json.load(file)
+        try:
+            with open(path) as file:
+                finals[path] = json.load(file)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read ({brief(error)}); name a run's final.json") from None
+        if not isinstance(finals[path], dict) or not {"settings", "steps", "metrics"} <= set(finals[path]):
+            raise InputError(f"{path}: not the numbers of a run; name a run's final.json or a sweep's sweep.json")
 
     def row(title, cell):
         cells = [cell(final) for final in finals.values()]
@@ -609,4 +613,7 @@ def table(paths: list[str]) -> str:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit("usage: python metrics.py results/mnist-*.json  (prints their numbers as a Markdown table)")
-    print(table(sys.argv[1:]))
+    try:
+        print(table(sys.argv[1:]))
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -553,12 +553,17 @@ def test_priors_and_the_fitted_gaussian():
     assert z.mean(0).abs().max() < 0.05 and (torch.cov(z.T) - torch.eye(3)).abs().max() < 0.05
     one_hot = iae.sample_prior("categorical", 20000, 4)
     assert set(one_hot.unique().tolist()) == {0.0, 1.0} and (one_hot.mean(0) - 0.25).abs().max() < 0.02
-    model = IAE.for_images(MNIST, 3, 2)
+    model = IAE.for_images(MNIST, 3, 2, regularization=False)
     mixed = z @ torch.tensor([[1.0, 0.5, 0.0], [0.0, 2.0, 0.3], [0.0, 0.0, 0.0]]) + torch.tensor([1.0, -2.0, 3.0])
     model.fit_gaussian(mixed)  # of rank 2: a Cholesky factor would not exist
-    again = model.sample_codes(20000, fitted=True)
+    again = model.sample_codes(20000)
     assert (again.mean(0) - mixed.mean(0)).abs().max() < 0.1
     assert (torch.cov(again.T) - torch.cov(mixed.T)).abs().max() < 0.15
+    regularized = IAE.for_images(MNIST, 3, 2)  # samples from p(z), whatever q(z) is
+    regularized.fit_gaussian(mixed)
+    assert regularized.sample_codes(20000).mean(0).abs().max() < 0.05
+    clusters = IAE.for_images(MNIST, 3, 2, prior="categorical", regularization=False)
+    assert set(clusters.sample_codes(100).unique().tolist()) == {0.0, 1.0}
 
 
 # ----------------------------------------------------------------------------------------------- metrics, closed forms
@@ -861,6 +866,10 @@ def test_train_writes_its_folder_and_the_model_can_be_used(digits, tmp_path, cap
     Image.fromarray(np.zeros((50, 40, 4), np.uint8)).save(picture)
     run("--from", out, "--sample", 12, "--out", tmp_path / "samples.png")
     run("--from", out, "--reconstruct", picture, "--out", tmp_path / "mine2.png")
+    capsys.readouterr()
+    (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:50] + b"?" * 50)
+    run("--from", out, "--reconstruct", tmp_path / "cut.png", "--out", tmp_path / "mine3.png", expect=2)
+    assert "cut.png: not a readable picture" in capsys.readouterr().err
     assert Image.open(tmp_path / "samples.png").size == ((12 * 18 + 2) * 2, 40)
     assert Image.open(tmp_path / "mine2.png").size == (40, (6 * 18 + 2) * 2)
 
@@ -872,6 +881,7 @@ def test_a_log_that_is_gone_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("options", [("--recipe", "paper"), ("--local", 0, "--no-regularization"), ("--global", 0),
                                      ("--local", 0, "--euclidean"), ("--prior", "categorical", "--noise", 2),
+                                     ("--prior", "categorical", "--no-regularization"),
                                      ("--noise", 2, "--sample-weight", 1),
                                      ("--positive-gradient", "--objective", "kl", "--penalty", 0.1, "--no-batch-norm"),
                                      ("--prior", "categorical", "--global", 10, "--labels", 20),
@@ -882,8 +892,61 @@ def test_every_case_of_sections_2_and_3_runs_and_goes_on(options, digits, tmp_pa
     cache, out = pathlib.Path(digits).parent, tmp_path / "run"
     run("--dataset", digits, *COMMON, *options, "--steps", 2, "--out", out, "--data-dir", cache)
     assert train.load_checkpoint(str(out)).sample(2).shape == (2, *SMALL)
+    run("--from", out, "--sample", 2, "--out", tmp_path / "samples.png")
     run("--resume", out, "--steps", 3)
     assert json.loads((out / "final.json").read_text())["steps"] == 3
+
+
+@pytest.mark.parametrize("count", [4, 60])
+def test_few_images_and_a_class_that_only_the_test_part_has_are_measured(count, tmp_path):
+    x, y = np.random.default_rng(0).integers(0, 255, (count, 16, 16), dtype=np.uint8), np.arange(count) % 2
+    np.savez(tmp_path / "few.npz", x=x, y=np.arange(count))
+    tested = data.load_dataset(str(tmp_path / "few.npz"))["test"].y
+    y[tested[0]] = 3  # and no other image
+    np.savez(tmp_path / "few.npz", x=x, y=y)
+    run("--dataset", tmp_path / "few.npz", "--global", 2, "--local", 2, "--batch-size", 2, "--steps", 2,
+        "--out", tmp_path / "run", "--data-dir", tmp_path)
+    found = json.loads((tmp_path / "run" / "final.json").read_text())["metrics"]
+    matrix = np.array(found["confusion_matrix"])
+    assert matrix.shape == (4, 4) and matrix.sum() == len(tested) == max(2, count // 10) and matrix[3].sum() == 1
+
+
+def test_a_picture_is_read_as_those_of_a_folder(tmp_path):
+    os.makedirs(tmp_path / "folder" / "a")
+    picture = np.random.default_rng(0).integers(0, 255, (50, 40, 3), dtype=np.uint8)
+    for i in range(4):
+        Image.fromarray(picture).save(tmp_path / "folder" / "a" / f"{i}.png")
+    x = data.load_dataset(str(tmp_path / "folder"), image_size=16)["train"].x[0]
+    assert torch.equal(data.load_picture(tmp_path / "folder" / "a" / "0.png", (3, 16, 16)), x)
+    wide = data.load_picture(tmp_path / "folder" / "a" / "0.png", (3, 16, 32))  # of 20 rows, the central ones
+    cut = Image.fromarray(picture[15:35]).resize((32, 16), Image.Resampling.BICUBIC)
+    assert (wide.permute(1, 2, 0).float() - torch.from_numpy(np.array(cut)).float()).abs().mean() < 5  # rounding
+    grey = data.load_picture(tmp_path / "folder" / "a" / "0.png", (1, 16, 16))
+    assert grey.shape == (1, 16, 16) and (grey[0].float() - x.float().mean(0)).abs().mean() < 20
+
+
+def test_a_run_is_named_after_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("pictures")
+    for i in range(8):
+        Image.fromarray(np.full((16, 16, 3), 30 * i, np.uint8)).save(f"pictures/{i}.png")
+    run("--dataset", "pictures/", *COMMON, "--batch-size", 4, "--steps", 1)
+    assert os.listdir("runs") == ["pictures-3-4-0"]
+
+
+def test_no_layout_is_one_line_for_benchmark_and_run(tmp_path, capsys):
+    np.savez(tmp_path / "odd.npz", x=np.zeros((20, 10, 10), np.uint8))
+    for command in (["--benchmark"], ["--out", tmp_path / "run"]):
+        run("--dataset", tmp_path / "odd.npz", *command, "--batch-size", 4, expect=2)
+        shown = capsys.readouterr().err
+        assert "odd.npz: images of 10x10: no layout fits" in shown and "Traceback" not in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_table_of_other_files_is_one_line(tmp_path):
+    (tmp_path / "toy.json").write_text('{"numbers": 1}')
+    for name, reason in (("none.json", "cannot be read"), ("toy.json", "not the numbers of a run")):
+        pytest.raises(InputError, metrics.table, [str(tmp_path / name)]).match(reason)
 
 
 def test_colour_pictures_with_attributes_run(tmp_path):
@@ -1030,7 +1093,13 @@ def test_a_sweep_goes_on_where_it_was_cut_off(digits, tmp_path, monkeypatch, cap
     kept = swept["metrics"]["labels_kept"]
     assert swept["seeds"] == [0, 1] and kept["each"] == each and kept["mean"] == pytest.approx(sum(each) / 2)
     assert kept["deviation"] == pytest.approx(abs(each[0] - each[1]) / 2**0.5)
+    images = json.loads((out / "seed-0" / "final.json").read_text())["settings"]["data"]["train"]["images"]
+    longer = [part for part in command if part not in ("--steps", 2)]
+    run(*longer, "--seeds", 0, "--epochs", 4 / (images // COMMON[-1]))  # four steps: two more
+    assert len(steps) == 4 and json.loads((out / "sweep.json").read_text())["steps"] == 4
     capsys.readouterr()
+    run(*command, "--seeds", 0, 2**31, expect=2)
+    assert "--seeds: from 0 to 2147483647" in capsys.readouterr().err
     run(*command, "--seeds", 0, 1, "--noise", 1, expect=2)
     assert "--noise 1: the run was made with 0" in capsys.readouterr().err
 
@@ -1307,6 +1376,20 @@ def test_a_folder_that_is_removed_or_read_only(pictures, tmp_path, tiny, monkeyp
         run("--resume", out, "--steps", 60, expect=2)
         assert f"cannot write to {out}: Permission denied" in last_line(capsys)
     assert (out / "checkpoint.pt").read_bytes() == before
+
+
+def test_ctrl_c_while_pictures_are_drawn_saves_what_it_says(pictures, tmp_path, tiny, monkeypatch, capsys):
+    drawn = []
+
+    def draw_and_stop(*arguments, real=train.draw_figures):
+        if not drawn:
+            os.kill(os.getpid(), signal.SIGINT)
+        drawn.append(real(*arguments))
+
+    monkeypatch.setattr(train, "draw_figures", draw_and_stop)
+    run("--dataset", pictures, *TINY, "--steps", 200, "--out", tmp_path / "run", expect=130)
+    step = train.read_checkpoint(str(tmp_path / "run"))["step"]
+    assert step in (100, 101) and f"stopped at step {step};" in capsys.readouterr().err
 
 
 def test_a_second_ctrl_c_ends_at_once_and_without_a_traceback(pictures, tmp_path, tiny, monkeypatch, capsys):
@@ -1982,9 +2065,9 @@ def test_npz(tmp_path, tail, labels):
 
 
 def test_smallest_npz(tmp_path):
-    np.savez(tmp_path / "two.npz", x=np.arange(2, dtype=np.uint8).reshape(2, 1, 1))
-    parts = data.load_dataset(str(tmp_path / "two.npz"))
-    assert len(parts["train"].x) == len(parts["test"].x) == 1 and len(parts["validation"].x) == 0
+    np.savez(tmp_path / "four.npz", x=np.arange(4, dtype=np.uint8).reshape(4, 1, 1))
+    parts = data.load_dataset(str(tmp_path / "four.npz"))
+    assert len(parts["train"].x) == len(parts["test"].x) == 2 and len(parts["validation"].x) == 0
 
 
 class Trap:
@@ -2005,7 +2088,7 @@ X = np.zeros((5, 8, 8), np.uint8)
         ({"x": X[0]}, r"\(8, 8\)"),
         ({"x": X[..., None].repeat(2, -1)}, r"\(5, 8, 8, 2\)"),
         ({"x": X[:, :0]}, r"\(5, 0, 8\)"),
-        ({"x": X[:1]}, "N = 1"),
+        ({"x": X[:3]}, "N = 3"),
         ({"x": X[:0]}, "N = 0"),
         ({"x": np.array([Trap()])}, "objects are never loaded"),
         ({"x": X, "y": np.array([Trap()] * 5)}, "objects are never loaded"),
@@ -2311,7 +2394,7 @@ def test_folder_of_pictures(tmp_path):
     put(tmp_path / "cats", {".hidden.png": b"", "notes.txt": b""})
     parts = data.load_dataset(str(tmp_path), image_size=16)
     assert {key: tuple(part.x.shape) for key, part in parts.items()} == {
-        "train": (11, 3, 16, 16), "validation": (0, 3, 16, 16), "test": (1, 3, 16, 16)}
+        "train": (10, 3, 16, 16), "validation": (0, 3, 16, 16), "test": (2, 3, 16, 16)}
     assert parts["train"].names == ("cats", "dogs") and sorted(parts["train"].y.unique().tolist()) == [0, 1]
     assert torch.equal(parts["train"].x, data.load_dataset(str(tmp_path), image_size=16)["train"].x)
     put(tmp_path, {"top.png": picture("PNG", "L", (28, 28))})
@@ -2325,13 +2408,13 @@ def test_pixels_of_odd_pictures(tmp_path):
     Image.new("L", (1, 1), 7).save(tmp_path / "c.png")  # enlarged
     Image.new("L", (300, 100), 9).save(tmp_path / "d.bmp")
     whole = data.load_dataset(str(tmp_path), image_size=28)
-    assert whole["train"].x.shape == (3, 1, 28, 28)  # all grey: one channel
+    assert whole["train"].x.shape == (2, 1, 28, 28)  # all grey: one channel
     values = {int(x[0, 0, 0]) for part in whole.values() for x in part.x}
     assert values == {255, 0xAB, 7, 9} and all((x == x[0, 0, 0]).all() for part in whole.values() for x in part.x)
     left = np.zeros((28, 84, 3), np.uint8)
     left[:, 28:56] = [10, 20, 30]
     (tmp_path / "wide").mkdir()
-    for name in ("a", "b"):
+    for name in "abcd":
         Image.fromarray(left).save(tmp_path / "wide" / f"{name}.png")
     x = data.load_dataset(str(tmp_path / "wide"), image_size=28)["train"].x[0]
     assert (x == torch.tensor([10, 20, 30])[:, None, None]).all()  # the central square, and nothing of its neighbours
@@ -2339,7 +2422,7 @@ def test_pixels_of_odd_pictures(tmp_path):
 
 def test_image_size_is_asked_for(tmp_path):
     put(tmp_path / "same", {f"{n}.png": picture("PNG", size=(40, 24), seed=n) for n in range(4)})
-    assert data.load_dataset(str(tmp_path / "same"))["train"].x.shape == (4 - 1, 3, 24, 40)  # all alike: as they are
+    assert data.load_dataset(str(tmp_path / "same"))["train"].x.shape == (4 - 2, 3, 24, 40)  # all alike: as they are
     put(tmp_path / "odd", {f"{n}.png": picture("PNG", size=(41, 24)) for n in range(4)})
     put(tmp_path / "mixed", {f"{n}.png": picture("PNG", size=(40 + 8 * n, 24)) for n in range(4)})
     (tmp_path / "empty").mkdir()
@@ -2372,7 +2455,7 @@ def test_bad_pictures_are_counted(tmp_path, body, capsys):
 
 
 def test_npz_in_fortran_order(tmp_path):
-    x = np.random.default_rng(0).integers(0, 256, (2, 8, 16, 3), dtype=np.uint8)
+    x = np.random.default_rng(0).integers(0, 256, (4, 8, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", x=np.asfortranarray(x))
     parts = data.load_dataset(str(tmp_path / "a.npz"))
     assert rows(parts["train"]) | rows(parts["test"]) == {image.transpose(2, 0, 1).tobytes() for image in x}
@@ -3142,18 +3225,29 @@ def test_the_flipped_recognition_network_of_a_gaussian_code_ends_without_batch_n
 
 def test_infogan_loss_is_gaussian_nll():
     model = small_fiae(InfoGAN)
-    z, x_hat, _, z_hat = model(torch.zeros(2, 16, 2))
-    assert z_hat is None
+    z, x_hat, _, parameters = model(torch.zeros(2, 16, 2))
     mean, log_deviation = model.recognition(x_hat).chunk(2, -1)
     nll = (0.5 * ((z - mean) / log_deviation.exp()) ** 2 + log_deviation + 0.5 * math.log(2 * math.pi)).sum(-1).mean()
-    loss = model.reconstruction_loss(z, x_hat)
+    loss = model.reconstruction_loss(z, x_hat, parameters)
     assert torch.allclose(loss, nll, atol=1e-6)
     assert all(g is not None for g in moved_by(loss, model.generator, model.recognition))
     model.prior = "categorical"
     model.recognition = toy.MLP([torch.Generator().manual_seed(0)] * 2, 2, 3, 8)
     z = F.one_hot(torch.arange(16).expand(2, -1) % 3, 3).float()
-    wanted = F.cross_entropy(model.recognition(x_hat).flatten(0, 1), z.flatten(0, 1).argmax(1))
-    assert torch.allclose(model.reconstruction_loss(z, x_hat), wanted, atol=1e-6)
+    logits = model.recognition(x_hat)
+    wanted = F.cross_entropy(logits.flatten(0, 1), z.flatten(0, 1).argmax(1))
+    assert torch.allclose(model.reconstruction_loss(z, x_hat, logits), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [(), ("--model", "fiae"), ("--model", "infogan", "--noise", 0)])
+@pytest.mark.parametrize("prior", ["gaussian", "categorical"])
+def test_every_batch_norm_of_the_averaged_model_is_measured(options, prior, digits):
+    """As the averaged weights never ran: a norm that no forward pass reaches would stay at mean 0, variance 1."""
+    args, _ = train.parse(["--dataset", digits, "--global", "3", "--local", "4", *map(str, options), "--prior", prior])
+    loaded = train.load_dataset(digits, ".", 0, "cpu")
+    model = train.refresh_average(train.Run(train.settings_of(args, loaded)), loaded["train"].x)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(norm.num_batches_tracked == 1 for norm in norms)
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 48, 48)])

@@ -33,13 +33,13 @@ matplotlib.use("Agg")  # figures are files: no screen is needed
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import InputError, batch_indices, brief, fingerprints, load_dataset
+from data import InputError, batch_indices, brief, fingerprints, load_dataset, load_picture
 from fiae import FIAE, InfoGAN
-from iae import IAE, shift, to_range, to_uint8
+from iae import IAE, layout_of, shift, to_range, to_uint8
 from metrics import (assignments, draw, draw_local, evaluate, evaluate_clusters, fixed_classifier,
                      variance_map)
 
@@ -332,7 +332,7 @@ def refresh_average(run: Run, x: torch.Tensor) -> IAE | FIAE:
         torch.manual_seed(0)
         update_bn((to_range(part, run.averaged.shape) for part in x[:4000].split(500)), run.averaged)
         run.averaged.eval()
-        if run.settings["model"] == "iae" and run.settings["prior"] == "gaussian" and run.averaged.global_size:
+        if run.settings["model"] == "iae" and run.averaged.fitted_prior and run.averaged.global_size:
             with torch.no_grad():
                 codes = [run.averaged.encode(to_range(part, run.averaged.shape)) for part in x[:10000].split(500)]
             run.averaged.fit_gaussian(torch.cat(codes))
@@ -366,7 +366,8 @@ def train(run: Run, data: dict, folder: str, stop: Stop) -> bool:
     terminal = sys.stderr.isatty()
     clock = saved = printed = time.monotonic()
     chosen, labelled = torch.tensor(settings["labelled_rows"], device=run.device), None
-    while run.step < settings["steps"] and not stop.asked:
+    last = False
+    while run.step < settings["steps"] and not last:  # not `stop.asked`: what it ends at must have been saved
         rows = batch_indices(len(x_train), settings["batch_size"], run.step, settings["seed"]).to(run.device)
         if len(chosen):  # the only place in training that reads labels
             few = batch_indices(len(chosen), min(len(chosen), settings["batch_size"]), run.step, settings["seed"])
@@ -481,8 +482,7 @@ def finish(run: Run, data: dict, folder: str, data_dir: str) -> dict:
     if test_set.y is not None and len(test_set.x) > 1:
         classifier = fixed_classifier(train_set.x, train_set.y, data_dir)
     print(f"measuring on the {split} images ...", file=sys.stderr)
-    fitted = not run.settings["regularization"] and run.settings["prior"] == "gaussian" and run.settings["global"] > 0
-    numbers = evaluate(run.averaged, train_set, test_set, classifier, fitted=fitted)
+    numbers = evaluate(run.averaged, train_set, test_set, classifier)
     if run.settings["prior"] == "categorical":
         numbers |= evaluate_clusters(run.averaged, train_set, test_set, classifier, bool(run.settings["labels"]))
         if run.settings["noise"]:
@@ -642,7 +642,7 @@ def new_folder(run: Run) -> str:
     settings = run.settings
     path = settings["out"]
     if not path:
-        name = os.path.splitext(os.path.basename(settings["dataset"]))[0]
+        name = os.path.splitext(os.path.basename(os.path.normpath(settings["dataset"])))[0]
         stem = os.path.join("runs", f"{name}-{settings['global']}-{settings['local']}")
         path = next(f"{stem}-{i}" for i in range(10**6) if not os.path.exists(f"{stem}-{i}"))
     try:
@@ -943,8 +943,8 @@ def check(error, args: argparse.Namespace) -> None:
         error("--model infogan has no D(x, z) and no eps: drop --noise, --conditioning and --positive-gradient")
     if args.labels and args.prior != "categorical":
         error("--labels: the clusters are the classes; add --prior categorical")
-    if args.seeds and (min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds)):
-        error("--seeds: 0 or more, each once")
+    if args.seeds and (not all(0 <= seed < 2**31 for seed in args.seeds) or len(set(args.seeds)) < len(args.seeds)):
+        error(f"--seeds: from 0 to {2**31 - 1}, each once")
     if args.seeds and (args.resume or not args.out):
         error("--seeds: name the folder of the sweep by --out; to go on, give the same command again")
     for name in ("batch_size", "steps", "epochs", "sample"):
@@ -979,6 +979,8 @@ def check(error, args: argparse.Namespace) -> None:
         error(f"--averaging {args.averaging}: must be at least 0 and below 1")
     if args.decay is not None and not 0 <= args.decay <= 1:
         error(f"--decay {args.decay}: must be from 0 to 1")
+    if args.validation == 1:
+        error("--validation 1: a spread needs 2 images or more")
     if args.batch_size < 2:
         error("--batch-size 1: BatchNorm needs at least 2 images")
     if (args.sample or args.reconstruct) and not sizes["from"]:
@@ -1028,8 +1030,13 @@ def labelled_rows(y: torch.Tensor | None, count: int, clusters: int, seed: int) 
 
 
 def settings_of(args: argparse.Namespace, data: dict) -> dict:
-    """A run's settings, as config.json holds them: the recipe's values, or what the command line gave instead."""
+    """A run's settings, as config.json holds them: the recipe's values, or what the command line gave instead.
+    InputError where no layout fits the images, or labels are asked for that they do not have."""
     x, y = data["train"].x, data["train"].y
+    try:
+        layout_of(tuple(x.shape[1:]))
+    except ValueError as error:
+        raise InputError(f"{args.dataset}: {error}") from None
     settings = {**vars(args), "shape": list(x.shape[1:]), "regularization": not args.no_regularization,
                 "data": fingerprints(data),
                 "label_seed": args.seed if args.label_seed is None else args.label_seed}
@@ -1080,11 +1087,8 @@ def start(args: argparse.Namespace) -> tuple[Run, dict, str]:
     """A new run, its data and its folder."""
     data = load_dataset(args.dataset, args.data_dir, args.validation, pick_device(args.device), args.extra,
                         args.image_size)
-    try:
-        settings = settings_of(args, data)
-        run = Run(settings)
-    except ValueError as error:  # an image size that no layout fits
-        raise InputError(f"{args.dataset}: {error}") from None
+    settings = settings_of(args, data)
+    run = Run(settings)
     if args.init:
         take_weights(run, args.init)
     batch_indices(len(data["train"].x), settings["batch_size"], 0, 0)  # says so where the data are fewer than a batch
@@ -1148,26 +1152,17 @@ def resume(args: argparse.Namespace, given: set) -> tuple[Run, dict, str]:
 
 def use_model(args: argparse.Namespace) -> None:
     """--from: a sheet of samples, or of one's own pictures over their reconstructions."""
-    state = read_checkpoint(vars(args)["from"])
-    model, settings = load_checkpoint(vars(args)["from"]), state["settings"]
+    model = load_checkpoint(vars(args)["from"])
     with torch.no_grad():
         torch.manual_seed(args.seed)
         if args.sample:
             out = args.out or "samples.png"
-            sheet(model.sample(args.sample, fitted=not settings["regularization"]), min(20, args.sample), out)
+            sheet(model.sample(args.sample), min(20, args.sample), out)
         else:
-            out, (channels, height, width) = args.out or "reconstructed.png", model.shape
+            out = args.out or "reconstructed.png"
             if not model.global_size:
                 raise InputError(f"{vars(args)['from']} is a plain GAN (--global 0): it has no encoder; use --sample")
-            pixels = []
-            for path in args.reconstruct:
-                try:
-                    picture = Image.open(path).convert("L" if channels == 1 else "RGB").resize((width, height))
-                except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
-                    reason = type(error).__name__
-                    raise InputError(f"{path}: not a readable picture ({reason}); use a PNG or JPEG") from None
-                pixels.append(torch.from_numpy(np.array(picture)).reshape(height, width, channels).permute(2, 0, 1))
-            x = torch.stack(pixels)  # uint8
+            x = torch.stack([load_picture(path, model.shape) for path in args.reconstruct])  # uint8
             draws = draw(model, x, draws=5 if model.local_size else 1)[1]
             sheet(torch.cat([to_range(x, model.shape)[None], draws]).flatten(0, 1), len(x), out)
     print(f"wrote {out}")
@@ -1348,6 +1343,9 @@ def sweep(args: argparse.Namespace, given: set) -> bool:
                 final = json.load(file)
             refuse_changes(args, given | {"out"}, final["settings"])
             steps = args.steps or final["settings"]["steps"]
+            if "epochs" in given and not args.steps:
+                images = final["settings"]["data"]["train"]["images"]
+                steps = round(args.epochs * (images // final["settings"]["batch_size"]))
         if final is None or final["steps"] < steps:
             final = run_once(args, given | {"out"})
         if final is None:
