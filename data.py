@@ -522,9 +522,10 @@ def load_npz(path: Path) -> tuple[Images, Images]:
 def load_folder(folder: Path, image_size: int | None) -> tuple[Images, Images]:
     """(train, test) of a folder of pictures, searched through and sorted; a tenth is the test part (`load_npz`).
 
-    Files ending in PICTURE_ENDS count; hidden ones do not. Each picture becomes RGB (a palette is looked up,
-    transparency put on white, 16 bits cut to 8, the first frame taken, EXIF rotation not applied), is cut to its
-    central square and brought to image_size x image_size, smoothed where that is smaller; a small one is enlarged.
+    Files ending in PICTURE_ENDS count; hidden ones, and those in hidden folders, do not. Each picture becomes RGB (a
+    palette is looked up, transparency put on white, 16 bits cut to 8, the first frame taken, EXIF rotation not
+    applied), is cut to its central square and brought to image_size x image_size, smoothed where that is smaller; a
+    small one is enlarged.
     Without image_size all pictures must have one size that a layout of iae.py fits, and stay as they are. Where all
     are grey x has one channel. Where every picture lies in a sub-folder of its own class, one level down, y counts the
     sorted names of these. A broken, too large (MOST_PIXELS, MOST_SIDE) or unreadable one: see `read_pictures`.
@@ -533,9 +534,11 @@ def load_folder(folder: Path, image_size: int | None) -> tuple[Images, Images]:
     def unreadable(error: OSError):
         raise InputError(f"{folder}: cannot be read ({brief(error)}); check its permissions") from None
 
-    paths = sorted(Path(where, name) for where, _, names in os.walk(folder, onerror=unreadable) for name in names
-                   if name.lower().endswith(PICTURE_ENDS) and not name.startswith("."))
-    paths = [path for path in paths if path.is_file()]
+    paths = []
+    for where, inner, names in os.walk(folder, onerror=unreadable):
+        inner[:] = [name for name in inner if not name.startswith(".")]  # what os.walk goes on into
+        paths += [Path(where, name) for name in names if name.lower().endswith(PICTURE_ENDS) and name[0] != "."]
+    paths = sorted(path for path in paths if path.is_file())
     if not paths:
         raise InputError(f"{folder}: no pictures in it; give a folder of {', '.join(PICTURE_ENDS)} files")
     if image_size is None:

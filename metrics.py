@@ -131,7 +131,7 @@ def local_diversity(draws: Tensor, x: Tensor) -> float:
 
     draws (count, batch, *shape): `count` reconstructions of the same codes; x (batch, *shape).
     """
-    return (draws.var(0).mean(0).sum() / x.var(0).sum()).item()
+    return (draws.var(0).mean(0).sum() / x.var(0).sum().clamp(min=1e-6)).item()
 
 
 def draw_local(model: nn.Module, x: Tensor, draws: int = 10) -> Tensor:
@@ -155,11 +155,12 @@ def outer_over_middle(ratio: Tensor) -> float:
 
 def side_colour_correlation(x: Tensor) -> float:
     """Do the sides of pictures x (batch, 3, height, width) have the style of the middle? The correlation, over
-    pictures, of the middle third's mean colour with the outer thirds', averaged over channels."""
+    pictures, of the middle third's mean colour with the outer thirds', averaged over channels (0 of a constant one)."""
     third = x.shape[3] // 3
     middle = x[..., third:-third].mean((2, 3))  # (batch, 3)
     outer = torch.cat([x[..., :third], x[..., -third:]], 3).mean((2, 3))
-    return sum(torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in zip(middle.T, outer.T)) / x.shape[1]
+    found = [torch.corrcoef(torch.stack(pair))[0, 1].nan_to_num().item() for pair in zip(middle.T, outer.T)]
+    return sum(found) / len(found)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -181,7 +182,7 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, flo
     k = min(k, len(real) - 1)
     radius = torch.cat([torch.cdist(part, real).kthvalue(k + 1, dim=1).values for part in real.split(1000)])
     inside = torch.cat([torch.cdist(part, real) < radius for part in fake.split(1000)])  # (fake, real)
-    return inside.double().sum().item() / (k * len(fake)), inside.any(0).double().mean().item()
+    return inside.sum().item() / (k * len(fake)), inside.any(0).double().mean().item()
 
 
 def mmd_test(a: Tensor, b: Tensor, permutations: int = 100, bandwidths: tuple = (0.5, 1.0, 2.0)) -> dict:
@@ -370,13 +371,14 @@ def clustering(train: tuple[Tensor, Tensor], y_train: Tensor, test: tuple[Tensor
 def vote_calibration(votes: Tensor, right: Tensor) -> dict:
     """What the votes (batch, K) over draws of eps are worth (Section 3.1); right (batch,): is the chosen class right?
 
-    error_least_certain   the error among the tenth of the images whose draws agree least
+    error_least_certain   the error among the tenth of the images whose draws agree least, of equals by chance
     error_rest            among the others
     draws_disagree        the share of images on which not all draws agree
     calibration_error     mean |share of the draws that agree - accuracy| over ten equal groups by that share
     """
-    agree, order = votes.max(1).values.sort()
-    right = right[order].double()
+    mixed = torch.randperm(len(right)).to(right.device)  # most images have votes alike: their order must not matter
+    agree, order = votes[mixed].max(1).values.sort(stable=True)
+    right = right[mixed][order].double()
     tenth = max(1, len(right) // 10)
     groups = zip(agree.double().chunk(10), right.chunk(10))
     return {"error_least_certain": 1 - right[:tenth].mean().item(), "error_rest": 1 - right[tenth:].mean().item(),
@@ -460,8 +462,8 @@ def evaluate_clusters(model: nn.Module, train: tuple, test: tuple, classifier: C
 def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier | None, count: int = 10000) -> dict:
     """Every number of a run on at most `count` test images, in plain Python; README's legend explains the names.
 
-    train, test: (x uint8, y) pairs, of two images or more. The noise is drawn from a fixed seed, and the caller's random
-    state is left as it was.
+    train, test: (x uint8, y) pairs, of two images or more. The noise is drawn from a fixed seed, and the caller's
+    random state is left as it was.
     """
     shape, device, names = model.shape, train[0].device, getattr(test, "names", ())
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -473,7 +475,7 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
         numbers = {"test_images": len(x_test)}
         if z is not None:
             numbers["reconstruction_mse"] = (x_hat[0] - x).square().mean().item()
-            numbers["contrast"] = (x_hat[0].std() / x.std()).item()
+            numbers["contrast"] = (x_hat[0].std() / x.std().clamp(min=1e-6)).item()
             diverse = x_test[:1000]
             numbers["local_diversity"] = local_diversity(draw(model, diverse, draws=10)[1], to_range(diverse, shape))
             prior = model.sample_codes(len(z))
@@ -500,7 +502,9 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
             numbers["frechet_reconstructions"] = frechet_distance(features, real)
         y = test[1][:count].long()
         if y.dim() == 2:  # attributes of 0 and 1
-            again = classifier.features(draw(model, x_test)[1][0]) if z is not None else None  # a second draw of n
+            again = None
+            if z is not None:  # a second draw of n
+                again = classifier.features(torch.cat([model.decode(part) for part in z.split(500)]))
             numbers["attributes"] = attributes_kept(classifier, y, real, features, again, names)
             return numbers
 
@@ -530,8 +534,8 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
 
 
 def table(paths: list[str]) -> str:
-    """README's table of runs, as Markdown, from their final.json files: a column a run, a row a number. InputError where
-    one is another file."""
+    """README's table of runs, as Markdown, from their final.json files: a column a run, a row a number. Raises
+    InputError where one is another file."""
     finals = {}
     for path in paths:
         try:

@@ -228,6 +228,8 @@ def train(kind: str, model: IAE | FIAE, data: str, recipe: dict, options: argpar
         (seeds * sum(told_players.values())).backward(inputs=[p for group in players for p in group["params"]])
         optimizers[1].step()
         if step in frame_at:
+            if not all(parameter.isfinite().all() for parameter in model.parameters()):
+                Parser().error(f"{kind}: weights are not finite after {step} steps; try a lower --rate")
             with torch.no_grad():
                 frames.append((step, snapshot(model)))
         if step == 20 or step == steps or time.time() - told > 10:
@@ -553,7 +555,9 @@ def write_json(path: Path, options: argparse.Namespace, numbers: dict, wall: flo
     record = dict(command=shlex.join(["python", "toy.py", *sys.argv[1:]]), seeds=options.seeds, recipe=options.recipe,
                   wall_seconds=round(wall, 1), hardware=f"{processor}, {torch.get_num_threads()} thread(s)",
                   versions=dict(python=platform.python_version(), torch=torch.__version__), results=results)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(path)  # a kill or a full disk leaves the previous file whole
     print(f"  saved {path}")
 
 
@@ -597,16 +601,24 @@ def standard(data: str, options: argparse.Namespace) -> None:
 
 
 def ablation(options: argparse.Namespace) -> None:
-    """Each recipe on both toys: what the paper's losses do alone, and what each added piece changes."""
+    """Each recipe on both toys: what the paper's losses do alone, and what each added piece changes. What is done is
+    saved after each recipe."""
     began, mixtures, points = time.time(), {}, {}
+
+    def save_json():
+        numbers = {**{f"IAE, {k}": v for k, v in mixtures.items()}, **{f"FIAE, {k}": v for k, v in points.items()}}
+        write_json(options.out / "toy_ablation.json", options, numbers, time.time() - began)
+
     for name, recipe in RECIPES.items():
         print(f"recipe {name}: {recipe}")
         mixtures[name] = run_mixture("mixture", ("IAE",), recipe, options, count=10000, local=10)[0]["IAE"]
         points[name] = run_four_points(("FIAE",), recipe, options, count=2500, permutations=20)[0]["FIAE"]
+        save_json()
     for weight in (options.info_weight, 1.0):
         weighted = argparse.Namespace(**{**vars(options), "info_weight": weight})
         numbers, _ = run_four_points(("InfoGAN",), RECIPES["stable"], weighted, count=2500, permutations=20)
         points[f"InfoGAN, {weight:g}"] = numbers["InfoGAN"]
+    save_json()
     for title, rows, metrics in (
             ("Mixture, IAE", mixtures, ("good", "modes", "spread_min", "spread_max", "nmi", "accuracy")),
             ("Four points, FIAE", points, ("distance", "share_min", "agreement", "mmd", "overlap", "posterior_mmd"))):
@@ -614,8 +626,6 @@ def ablation(options: argparse.Namespace) -> None:
         for name, column in rows.items():
             cells = ["{:.4f} +- {:.4f}".format(*mean_deviation(column[metric])) for metric in metrics]
             print(f"  {name:18s}" + "".join(f"{cell:>20s}" for cell in cells))
-    numbers = {**{f"IAE, {k}": v for k, v in mixtures.items()}, **{f"FIAE, {k}": v for k, v in points.items()}}
-    write_json(options.out / "toy_ablation.json", options, numbers, time.time() - began)
 
 
 TOYS = {"mixture": mixture, "four-points": four_points, "ring": partial(standard, "ring"),
@@ -671,8 +681,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for toy in options.toys:
         if toy not in TOYS:
             parser.error(f"no toy is called {toy!r}: use {', '.join(TOYS)} or standards")
-    if min(options.seeds) < 0 or len(set(options.seeds)) < len(options.seeds):
-        parser.error("--seeds: each once, and none below 0")
+    if not all(0 <= seed < 2**31 for seed in options.seeds) or len(set(options.seeds)) < len(options.seeds):
+        parser.error("--seeds: from 0 to 2147483647, each once")
+    if options.batch == 1:
+        parser.error("--batch 1: BatchNorm needs at least 2 rows")
+    if "ablation" in options.toys and (options.recipe != "stable" or options.penalty):
+        parser.error("ablation has recipes and penalties of its own: drop --recipe and --penalty")
     return options
 
 
@@ -689,7 +703,13 @@ def main(arguments: list[str] | None = None) -> None:
             Parser().error(f"cannot write to {folder}: {error.strerror}")
     for toy in dict.fromkeys(options.toys):
         print(f"{toy}: recipe {options.recipe}, seeds {' '.join(map(str, options.seeds))}", flush=True)
-        TOYS[toy](options)
+        try:
+            TOYS[toy](options)
+        except OSError as error:
+            Parser().error(f"{toy}: cannot write its results: {error.strerror}")
+        except KeyboardInterrupt:
+            print(f"{toy} stopped; what was saved before is whole", file=sys.stderr)
+            sys.exit(130)
     print(f"done in {time.time() - began:.0f} s")
 
 

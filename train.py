@@ -506,7 +506,7 @@ def write(path: str, save) -> None:
     """`save(temporary path)`, then move it into place: a kill at any moment leaves the previous file whole."""
     try:
         save(path + ".part")
-        with open(path + ".part", "rb") as file:
+        with open(path + ".part", "rb+") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())  # or a power cut could leave the new name with nothing in it
         os.replace(path + ".part", path)
     except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
@@ -661,17 +661,20 @@ def new_folder(run: Run) -> str:
 def lock(folder: str):
     """An open file that keeps other runs out of `folder` until it is closed, or the process ends, killed or not.
 
-    Raises InputError where another process holds it.
+    Raises InputError where another process holds it, or the folder cannot be written to.
     """
     try:
         file = open(os.path.join(folder, "lock"), "w")
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-    except BlockingIOError:
-        raise InputError(f"{folder}: another process is training into this folder; wait for it or stop it") from None
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from None
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another process is training into this folder; wait for it or stop it") from None
+    except OSError:
+        pass  # a disk without locks: two runs are not noticed there
+    return file
 
 
 def host_facts(device: torch.device) -> dict:
@@ -937,6 +940,8 @@ def check(error, args: argparse.Namespace) -> None:
         error("--global 0 --local 0: the decoder has no input; give at least one of them a size")
     if sizes["global"] == 0 and (args.euclidean or args.positive_gradient or args.noise or args.prior == "categorical"):
         error("--global 0 has no code: drop --euclidean, --positive-gradient, --noise and --prior categorical")
+    if sizes["global"] == 1 and args.prior == "categorical":
+        error("--global 1 --prior categorical: one cluster says nothing; give 2 or more")
     if args.model != "iae" and (args.euclidean or args.no_regularization or args.labels or sizes["global"] == 0):
         error(f"--model {args.model}: --global 0, --euclidean, --no-regularization and --labels are the IAE's")
     if args.model == "infogan" and (args.noise or args.conditioning or args.positive_gradient):
@@ -1099,7 +1104,7 @@ def refuse_changes(args: argparse.Namespace, given: set, settings: dict) -> None
     """InputError where the command line gives a setting another value than the run was made with."""
     for name in sorted(given - {"resume", "epochs", "steps", "device", "data_dir", "seeds", "capture"}):
         old = not settings["regularization"] if name == "no_regularization" else settings.get(name)
-        if vars(args)[name] != old:
+        if vars(args)[name] != old and (name, vars(args)[name]) != ("precision", "auto"):
             raise InputError(f"--{name.replace('_', '-')} {vars(args)[name]}: the run was made with {old}; "
                              "only --epochs, --steps, --device and --data-dir may change at a resume")
 
@@ -1120,8 +1125,8 @@ def resume(args: argparse.Namespace, given: set) -> tuple[Run, dict, str]:
     data = load_dataset(settings["dataset"], settings["data_dir"], settings["validation"], settings["device"],
                         settings["extra"], settings["image_size"])
     x, y, rows = data["train"].x, data["train"].y, settings["labelled_rows"]
-    facts = fingerprints(data)["train"]
-    same = list(x.shape[1:]) == settings["shape"] and settings["data"].get("train", facts) == facts
+    facts = fingerprints(data)
+    same = list(x.shape[1:]) == settings["shape"] and facts == {**facts, **settings["data"]}
     if not same or rows and (y is None or min(rows) < 0 or max(rows) >= len(x) or y[rows].max() >= settings["global"]):
         raise InputError(f"{settings['dataset']}: not the images that the run was started with; bring those back")
     if "steps" in given or "epochs" in given:
@@ -1351,6 +1356,9 @@ def sweep(args: argparse.Namespace, given: set) -> bool:
         if final is None:
             return False
         finals.append(final)
+    lengths = sorted({final["steps"] for final in finals})
+    if len(lengths) > 1:
+        raise InputError(f"{base}: its runs have {' and '.join(map(str, lengths))} steps; give --steps {lengths[-1]}")
     numbers = {}
     for name in finals[0]["metrics"]:
         each = [final["metrics"].get(name) for final in finals]
@@ -1358,7 +1366,8 @@ def sweep(args: argparse.Namespace, given: set) -> bool:
             deviation = float(np.std(each, ddof=1)) if len(each) > 1 else 0.0
             numbers[name] = {"mean": float(np.mean(each)), "deviation": deviation, "each": each}
     write_json(os.path.join(base, "sweep.json"), {
-        "settings": {**finals[0]["settings"], "seed": None, "out": base}, "seeds": args.seeds, "metrics": numbers,
+        "settings": {**finals[0]["settings"], "seed": None, "label_seed": args.label_seed, "labelled_rows": None,
+                     "out": base}, "seeds": args.seeds, "metrics": numbers,
         "steps": finals[0]["steps"], "seconds": [final["seconds"] for final in finals], "host": finals[0]["host"]})
     print(f"{base}: seeds {' '.join(map(str, args.seeds))}, mean +- deviation (each)")
     for name, number in numbers.items():
