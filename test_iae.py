@@ -3521,6 +3521,619 @@ def test_standards_thresholds(tmp_path):
         assert min(iae["spread_min"]) >= 0.7 and max(iae["spread_max"]) <= 1.3
 
 
+# ------------------------------------------------------------------------------ order, settings, measuring, pictures
+
+
+def test_the_layers_stand_in_appendix_d2s_order():
+    """Counts alone do not tell: a ReLU has no parameters, and a BatchNorm has as many before it as after it."""
+    names = {nn.Conv2d: "conv", nn.ConvTranspose2d: "up", nn.Linear: "fc", nn.ReLU: "relu", nn.BatchNorm1d: "bn",
+             nn.BatchNorm2d: "bn", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh", nn.Softmax: "softmax"}
+
+    def order(module):
+        return " ".join(names[type(part)] for part in module.modules() if type(part) in names)
+
+    assert order(Encoder(MNIST, 5)) == "fc relu fc relu fc bn"
+    assert order(Encoder(SVHN, 5, prior="categorical")) == "conv bn relu " * 3 + "fc bn softmax"
+    assert order(Decoder(MNIST, 5, 7)) == "fc bn relu fc bn relu up bn relu up sigmoid"
+    assert order(Decoder(SVHN, 5, 7)) == "fc bn relu up bn relu up bn relu up tanh"
+    assert order(JointDiscriminator(MNIST, 0)) == "conv bn relu conv bn relu fc bn relu fc"
+    assert order(JointDiscriminator(SVHN, 0)) == "conv bn relu conv bn relu conv bn relu fc"
+    assert order(iae.LocationDependent(5, 64, 14, 14)) == "fc relu fc"
+    assert order(CodeDiscriminator(5)) == "fc relu fc relu fc"
+    assert order(InfoGAN.for_images(MNIST, 4, 3).recognition) == "fc relu fc relu fc"  # mean and deviation are free
+    assert order(InfoGAN.for_images(MNIST, 4, 3, prior="categorical").recognition) == "fc relu fc relu fc bn"
+    assert count(Encoder(MNIST, 5, 3)) == fc(784 + 3, 2000) + fc(2000, 2000) + fc(2000, 5)  # eps joins before the first
+
+
+def test_the_code_conditions_as_appendix_d1_says_where_nothing_else_is_said():
+    for prior, kind in (("gaussian", iae.LocationDependent), ("categorical", iae.LocationInvariant)):
+        assert type(IAE.for_images(MNIST, 4, 3, prior=prior).reconstruction_discriminator.condition) is kind
+
+
+def test_footnote_1s_variant_pushes_the_positive_pair_towards_fake():
+    real, fake = torch.randn(20, requires_grad=True), torch.randn(20)
+    for objective in ("gan", "paired", "kl"):
+        assert (torch.autograd.grad(iae.generator_loss(real, fake, objective), real)[0] > 0).all()
+
+
+def test_gradient_penalty_is_of_real_and_of_fake_examples_each_row_by_itself():
+    """With a leading dimension, the toys' seeds: |dD/dx|^2 is of one row of one seed."""
+    real, fake = torch.randn(2, 3, 5, 2)  # (seeds, batch, features) each
+    square = lambda x: x.pow(2).sum(-1)  # noqa: E731
+    bare, penal = (iae.discriminate(square, (real,), (fake + 1,), penalty=penalty) for penalty in (0.0, 0.1))
+    by_hand = 0.05 * sum((2 * x).pow(2).sum(-1).mean() for x in (real, fake + 1))
+    assert (penal - bare).item() == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [IAE, FIAE])
+def test_weights_and_penalties_are_of_the_losses_they_name(kind):
+    x = torch.randn(2, 8, 2)
+
+    def losses(**options):
+        model = (small_model(**options) if kind is IAE else small_fiae(**options)).float()
+        torch.manual_seed(1)
+        outputs = model(x)
+        return {name: loss.item() for told in (model.discriminator_losses, model.autoencoder_losses)
+                for name, loss in told(x, *outputs).items()}
+
+    plain, factors = losses(), {"reconstruction": 3, "regularization": 5}
+    weighted = losses(reconstruction_weight=3.0, regularization_weight=5.0)
+    assert weighted == pytest.approx({name: factors.get(name, 1) * loss for name, loss in plain.items()})
+    joint, own = "reconstruction_discriminator", "regularization_discriminator"
+    for options, raised in ((dict(penalty=0.2), {joint, own}), (dict(regularization_penalty=0.2), {own}),
+                            (dict(penalty=0.2, regularization_penalty=0.0), {joint})):
+        assert {name for name, loss in losses(**options).items() if loss > plain[name] + 1e-6} == raised
+    paired = losses(objective="paired")  # D(z), and D(x) of the FIAE, keep Eq. 1: their rows share nothing
+    assert paired[own] == plain[own] and paired["regularization"] == plain["regularization"]
+    assert paired[joint] != plain[joint]
+
+
+def test_the_iaes_d_of_z_takes_prior_codes_for_real_and_sees_both_in_noise():
+    torch.manual_seed(0)
+    model, x, seen = IAE.for_images(MNIST, 4, 3, prior="categorical", code_noise=0.3), torch.rand(500, *MNIST), []
+    z = iae.sample_prior("categorical", 500, 4)
+    model.sample_codes = lambda *size: z
+    model.regularization_discriminator.register_forward_hook(lambda m, inputs, output: seen.append((inputs[0], output)))
+    with torch.no_grad():
+        z_hat, x_hat = model(x)
+    loss = model.discriminator_losses(x, z_hat, x_hat)["regularization_discriminator"]
+    model.autoencoder_losses(x, z_hat, x_hat)
+    for (code, _), clean in zip(seen, (z, z_hat, z_hat), strict=True):
+        assert (code - clean).std().item() == pytest.approx(0.3, rel=0.1)
+    assert loss.item() == pytest.approx(iae.discriminator_loss(seen[0][1], seen[1][1]).item(), rel=1e-5)
+    model.regularization_discriminator = MeanCode()
+    model.code_noise = 0.0
+    loss = model.discriminator_losses(x, z_hat - 1, x_hat)["regularization_discriminator"]
+    wanted = F.softplus(-3 * z.mean(1)).mean() + F.softplus(3 * (z_hat - 1).mean(1)).mean()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+class MeanCode(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, z):
+        return self.weight * z.mean(1)
+
+
+def test_infogans_codes_are_drawn_from_its_posterior():
+    model = small_fiae(InfoGAN)
+    x = torch.randn(2, 1, 2).expand(2, 20000, 2)
+    with torch.no_grad():
+        z, (mean, log_deviation) = model.encode(x), model.recognition(x[:, :1]).chunk(2, -1)
+    assert torch.allclose(z.mean(1, keepdim=True), mean, atol=0.05 * log_deviation.exp().max().item())
+    assert torch.allclose(z.std(1, keepdim=True), log_deviation.exp(), rtol=0.05)
+
+
+def test_the_flipped_model_ripples_before_the_noise(monkeypatch):
+    monkeypatch.setattr(fiae, "ripple", lambda x, deviation: 5 * x)
+    model, x = FIAE.for_images(MNIST, 4, 0, image_noise=0.2, elastic=0.06), torch.rand(20, *MNIST)
+    assert (model.corrupted(x) - 5 * x).std().item() == pytest.approx(0.2, rel=0.05)
+
+
+def test_deformed_images_are_turned_sheared_scaled_and_moved_up_to_the_stated_limits():
+    """Two ramps read off the affine map of each image: 15 degrees, .3, e^.15, a tenth of the side (.2 half sides)."""
+    torch.manual_seed(0)
+    axis = (2 * torch.arange(28) + 1) / 28 - 1  # the pixels' places, in half sides
+    ramps = torch.stack([axis.expand(28, 28), axis[:, None].expand(28, 28)]).expand(1000, 2, 28, 28)
+    y = iae.deform(ramps)
+    (a, c), (b, d) = (((y[:, :, 13 + i, 14 - i] - y[:, :, 13, 13]) * 14).unbind(1) for i in (0, 1))
+    turn = torch.atan2(c, d)
+    wide, high = (a / turn.cos()).log(), torch.hypot(c, d).log()
+    right, down = y[:, :, 13:15, 13:15].mean((2, 3)).unbind(1)
+    shear = b / wide.exp() + turn.sin()
+    limits = math.radians(15), 0.3, 0.15, 0.15, 0.2, 0.2
+    for found, most in zip((turn, shear, wide, high, right, down), limits, strict=True):
+        assert found.abs().max().item() == pytest.approx(most, rel=0.03) and found.mean().abs() < 0.1 * most
+
+
+def test_ripples_move_pixels_down_as_they_move_them_right():
+    torch.manual_seed(0)
+    across = torch.linspace(0, 1, 28).expand(400, 1, 28, 28)
+    for slope in (across, across.mT):
+        moved = (iae.ripple(slope, 0.06) - slope)[:, :, 6:-6, 6:-6] * 27 / 14  # in half sides
+        assert 0.04 < moved.std() < 0.06
+
+
+def test_each_network_learns_at_its_own_rate(digits, tiny):
+    for model, encoder, decoder in (("iae", "encoder", "decoder"), ("fiae", "recognition", "generator")):
+        more = ("--sample-weight", 1) if model == "iae" else ()
+        state, _ = a_run(digits, "--model", model, "--rates", 0.1, 0.2, 0.3, 0.4, "--sample-rate", 0.5, "--beta1", 0.25,
+                         *more)
+        wanted = {encoder: 0.1, decoder: 0.2, "reconstruction_discriminator": 0.3, "regularization_discriminator": 0.4,
+                  "sample_discriminator": 0.5}
+        groups = [*state.autoencoder_optimizer.param_groups, *state.discriminator_optimizer.param_groups]
+        rate = {id(p): group["rate"] for group in groups for p in group["params"]}
+        assert {group["betas"] for group in groups} == {(0.25, 0.99)}
+        for name, parameter in state.model.named_parameters():
+            assert rate.pop(id(parameter)) == wanted[name.split(".")[0]], name
+        assert not rate
+
+
+def test_the_further_steps_of_d_of_z_see_the_codes_of_the_batches_before(digits, tiny):
+    state, loaded = a_run(digits, "--regularization-steps", 3)
+    loss, seen = state.model.regularization_discriminator_loss, []
+    state.model.regularization_discriminator_loss = lambda z: seen.append(z.detach().clone()) or loss(z)
+    steps_of(state, loaded, 5)
+    assert len(seen) == 15
+    own = seen[::3]
+    for step in range(2, 5):
+        assert torch.equal(seen[3 * step + 1], own[step - 2]) and torch.equal(seen[3 * step + 2], own[step - 1])
+
+
+def test_progress_goes_from_0_to_1(digits, tiny):
+    state, loaded = a_run(digits, "--model", "fiae", "--steps", 4)
+    found = []
+    for _ in range(4):
+        steps_of(state, loaded, 1)
+        found.append(state.model.progress.item())
+    assert found == [0, 0.25, 0.5, 0.75]
+
+
+def test_samples_of_cases_1_and_3_are_of_the_averaged_encoders_codes(digits, tiny):
+    state, loaded = a_run(digits, "--no-regularization", "--noise", 0, "--averaging", 0.9)
+    steps_of(state, loaded, 5)
+    x = loaded["train"].x
+    model = train.refresh_average(state, x)
+    with torch.no_grad():
+        z = model.encode(iae.to_range(x, SMALL))
+        assert not torch.allclose(z, state.model.eval().encode(iae.to_range(x, SMALL)), atol=1e-3)
+    assert torch.allclose(model.fitted_mean, z.mean(0), atol=1e-4)
+    assert torch.allclose(model.fitted_factor @ model.fitted_factor.T, torch.cov(z.T), atol=1e-4)
+
+
+def test_what_is_measured_and_loaded_is_the_average_on_the_held_out_images(pictures, tmp_path, tiny, monkeypatch):
+    measured = []
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: measured.append(arguments) or {})
+    for held, split in ((0, "test"), (20, "validation")):
+        out = tmp_path / split
+        run("--dataset", pictures, *TINY, "--steps", 3, "--validation", held, "--out", out)
+        model, train_set, test_set, classifier = measured.pop()
+        loaded = data.load_dataset(pictures, validation=held)
+        assert torch.equal(test_set.x, loaded[split].x) and torch.equal(train_set.x, loaded["train"].x)
+        assert json.loads((out / "final.json").read_text())["evaluated_on"] == split
+        state, use = train.read_checkpoint(str(out)), train.load_checkpoint(str(out))
+        for one in (model, use):
+            assert all(torch.equal(tensor, state["averaged"][name]) for name, tensor in one.state_dict().items())
+        assert not torch.equal(state["averaged"]["decoder.fc.0.weight"], state["model"]["decoder.fc.0.weight"])
+
+
+@pytest.mark.parametrize("options", [("--prior", "gaussian"), ("--prior", "categorical"), ("--model", "fiae"),
+                                     ("--model", "infogan", "--noise", 0)])
+def test_every_setting_reaches_the_model(options, digits, tiny):
+    tiny_options = [a for a in TINY if "infogan" not in options or a not in ("--conditioning", "invariant")]
+    args, _ = train.parse([str(a) for a in ("--dataset", digits, *tiny_options, *options)])
+    settings = train.settings_of(args, train.load_dataset(digits, ".", 0, "cpu"))
+    numbers = ("penalty", "regularization_penalty", "reconstruction_weight", "regularization_weight", "code_penalty",
+               "agreement_weight", "elastic", "code_noise", "decorrelation_weight", "sample_weight", "image_noise",
+               "information_weight")
+    settings |= {name: 0.5 + i for i, name in enumerate(numbers)} | {"objective": "kl", "positive_gradient": True}
+    model = train.build_model(settings)
+    of_others = {"iae": {"image_noise", "information_weight"}, "fiae": {"decorrelation_weight", "sample_weight"},
+                 "infogan": {"decorrelation_weight", "sample_weight", "code_penalty", "information_weight"}}
+    for name in (*numbers, "objective", "positive_gradient", "prior"):
+        if name not in of_others[settings["model"]]:
+            assert getattr(model, name) == settings[name], name
+
+
+@pytest.mark.parametrize("options, changes, conditioning", [
+    ((), [], "dependent"), (("--local", 0), ["DETERMINISTIC"], "dependent"),
+    (("--prior", "categorical"), ["CATEGORICAL"], "invariant"),
+    (("--prior", "categorical", "--labels", 20, "--global", 10), ["CATEGORICAL", "LABELLED"], "invariant"),
+    (("--model", "fiae"), ["FLIPPED_GAUSSIAN"], "distance"),
+    (("--model", "infogan", "--prior", "categorical"), ["FLIPPED_CATEGORICAL"], "projection"),
+    (("--recipe", "paper", "--local", 0, "--prior", "categorical"), [], "invariant")])
+def test_each_case_has_its_recipe_and_the_command_line_has_the_last_word(options, changes, conditioning, digits):
+    loaded = train.load_dataset(digits, ".", 0, "cpu")
+    args, _ = train.parse([str(a) for a in ("--dataset", digits, *options, "--beta1", 0.125)])
+    wanted = dict(train.RECIPES["paper" if "paper" in options else "stable"])
+    for name in changes:
+        wanted |= getattr(train, name)
+    wanted |= {"beta1": 0.125, "rates": list(wanted["rates"]), "conditioning": conditioning}
+    found = train.settings_of(args, loaded)
+    assert {name: found[name] for name in wanted} == wanted
+
+
+class Plain:
+    """A model whose codes can be read off its images: z is the mean pixel twice over, and x_hat shows z in its upper
+    half and n in its lower half, evenly."""
+
+    shape, global_size, local_size, noise_size, prior = (1, 16, 16), 2, 3, 0, "gaussian"
+
+    def encode(self, x):
+        return x.mean((1, 2, 3))[:, None].expand(-1, 2)
+
+    def decode(self, z, n=None):
+        n = torch.rand(len(z), 3) if n is None else n
+        halves = torch.stack([z[:, 0], n[:, 0]], 1)  # (batch, 2)
+        return halves.repeat_interleave(8, 1)[:, None, :, None].expand(-1, 1, 16, 16)
+
+    def sample(self, count):
+        return self.decode(torch.rand(count, 2))
+
+
+@pytest.fixture
+def sheets(monkeypatch):
+    """What each picture was made of, by its name: images (rows, columns, *shape)."""
+    found = {}
+    monkeypatch.setattr(train, "sheet", lambda images, columns, path: found.update(
+        {os.path.basename(path): images.unflatten(0, (-1, columns))}))
+    return found
+
+
+def test_pictures_hold_what_their_captions_say(sheets, tmp_path):
+    x, y = torch.randint(256, (40, 1, 16, 16), dtype=torch.uint8), torch.arange(40) % 4
+    model, real = Plain(), iae.to_range(x, (1, 16, 16))
+    upper, lower = (lambda images: images[:, :, 0, 0, 0]), (lambda images: images[:, :, 0, -1, 0])
+    train.draw_figures(model, x, y, str(tmp_path))
+    images = sheets["reconstructions.png"]
+    assert images.shape[:2] == (6, 8) and torch.equal(images[0], real[[0, 4, 1, 5, 2, 6, 3, 7]])
+    assert torch.allclose(upper(images[1:]), images[0].mean((1, 2, 3)).expand(5, 8))
+    assert (lower(images[1:]) == lower(images[1:])[:, :1]).all() and len(lower(images[1:]).unique()) == 5  # one n a row
+    train.draw_codes(model, x, str(tmp_path))
+    images, z = sheets["interpolation.png"], real.mean((1, 2, 3))
+    assert images.shape[:2] == (8, 12)
+    assert torch.equal(images[:, 0], real[:8]) and torch.equal(images[:, -1], real[8:16])
+    assert torch.allclose(upper(images[:, 1:2])[:, 0], z[:8]) and torch.allclose(upper(images[:, 10:11])[:, 0], z[8:16])
+    assert torch.allclose(upper(images[:, 1:11]).diff(dim=1), ((z[8:16] - z[:8]) / 9)[:, None].expand(8, 9), atol=1e-6)
+    images = sheets["swap.png"]
+    assert images.shape[:2] == (10, 11) and torch.equal(images[:, 0], real[:10])
+    assert torch.allclose(upper(images[:, 1:]), z[:10, None].expand(10, 10))  # a row one z, a column one n
+    assert (lower(images[:, 1:]) == lower(images[:1, 1:])).all() and len(lower(images[:1, 1:]).unique()) == 10
+    model.prior = "categorical"
+    train.draw_figures(model, x, None, str(tmp_path))
+    images = sheets["clusters.png"]
+    assert images.shape[:2] == (10, 2) and upper(images).tolist() == [[1, 0]] * 10
+    assert (lower(images) == lower(images)[:, :1]).all() and len(lower(images).unique()) == 10
+
+
+def test_neighbours_are_the_nearest_training_images(sheets, tmp_path):
+    x = torch.arange(0, 250, 5, dtype=torch.uint8)[:, None, None, None].expand(50, 1, 16, 16)
+    judge = nn.Module()
+    judge.features = lambda x: x.mean((1, 2, 3))[:, None]
+    train.draw_neighbours(Plain(), x, judge, str(tmp_path))
+    images = sheets["neighbours.png"].mean((2, 3, 4))  # (4, 20)
+    assert images.shape == (4, 20)
+    distance = (images[0, :, None] - iae.to_range(x, (1, 16, 16)).mean((1, 2, 3))).abs().sort(1).values
+    assert torch.allclose((images[1:] - images[0]).abs(), distance[:, :3].T, atol=1e-5)
+
+
+def test_votes_show_the_most_and_the_least_certain(monkeypatch, tmp_path):
+    votes, figures = torch.tensor([[0.5 + i / 100, 0.5 - i / 100] for i in range(50)]), []
+    monkeypatch.setattr(train, "assignments", lambda *_, **__: (votes, None))
+    monkeypatch.setattr(train.plt, "close", figures.append)
+    train.draw_votes(None, torch.zeros(50, 1, 8, 8, dtype=torch.uint8), str(tmp_path))
+    axes = figures[0].axes
+    assert [axes[at].get_title(loc="left") for at in (0, 20)] == ["most certain", "least certain"]
+    heights = [[axes[at + i].patches[0].get_height() for i in range(10)] for at in (10, 30)]
+    assert min(heights[0]) >= 0.9 - 1e-6 and max(heights[1]) <= 0.6
+
+
+def test_a_sheet_is_filled_row_by_row(tmp_path):
+    train.sheet((torch.arange(5.0)[:, None, None, None] / 4).expand(5, 1, 28, 28), 3, str(tmp_path / "a.png"))
+    pixels = np.asarray(Image.open(tmp_path / "a.png"))
+    assert pixels.shape == (2 * 62, 2 * 92, 3)
+    shown = [[pixels[30 + 60 * row, 30 + 60 * column, 0] for column in range(3)] for row in range(2)]
+    assert shown == [[0, 64, 128], [191, 255, 255]]  # the sixth place stays white
+
+
+def test_mmd_of_more_dimensions_has_wider_kernels_and_p_counts_the_sample_itself():
+    torch.manual_seed(0)
+    a, b = torch.randn(60, 8), torch.randn(60, 8) + 2
+    kernel = lambda u, v: sum((-torch.cdist(u, v).square() / (8 * h * h)).exp() for h in (0.5, 1, 2)) / 3  # noqa: E731
+    off = ~torch.eye(60, dtype=torch.bool)
+    wanted = kernel(a, a)[off].mean() + kernel(b, b)[off].mean() - 2 * kernel(a, b).mean()
+    found = metrics.mmd_test(a, b)
+    assert found["mmd"] == pytest.approx(wanted.item(), abs=1e-5) and found["p"] == pytest.approx(1 / 101)
+
+
+class Levels:
+    """Training images are .1 grey, test images .2 (and x_hat of either .1 more), samples .5; a judge that sees that."""
+
+    shape, global_size, local_size, noise_size, prior = (1, 28, 28), 2, 1, 0, "gaussian"
+
+    def encode(self, x):
+        return x.mean((1, 2, 3))[:, None] + 1e-3 * torch.arange(len(x))[:, None] * torch.tensor([1.0, -1.0])
+
+    def decode(self, z, n=None):
+        return (z.mean(1) + 0.1)[:, None, None, None].expand(-1, 1, 28, 28)
+
+    def sample_codes(self, *size):
+        return torch.randn(*size, 2)
+
+    def sample(self, count):
+        return torch.full((count, 1, 28, 28), 0.5)
+
+
+def test_evaluate_compares_what_the_legend_says(monkeypatch):
+    x, x_test = (torch.full((count, 1, 28, 28), level, dtype=torch.uint8) for count, level in ((60, 26), (40, 51)))
+    y, y_test = torch.arange(60) % 3, torch.arange(40) % 3
+
+    class Judge(nn.Module):  # sees label 0 everywhere, with confidence .88
+        last = nn.Sequential(nn.Identity(), nn.Linear(1, 3))
+        features = staticmethod(lambda x: x.mean((1, 2, 3))[:, None])
+        forward = lambda self, x: self.last(self.features(x))  # noqa: E731
+
+    judge = Judge()
+    judge.last[1].weight.data.zero_()
+    judge.last[1].bias.data.copy_(torch.tensor([2.7, 0, 0]))
+    level = lambda values: round(values.double().mean().item(), 1)  # noqa: E731
+    probed = []
+    monkeypatch.setattr(metrics, "frechet_distance", lambda a, b: (level(a), level(b)))
+    monkeypatch.setattr(metrics, "density_coverage", lambda a, b: ((level(a), level(b)), len(b)))
+    monkeypatch.setattr(metrics, "linear_probe", lambda *parts: probed.append(parts) or 0.0)
+    monkeypatch.setattr(metrics, "borders", lambda *_: {})
+    found = metrics.evaluate(Levels(), (x, y), (x_test, y_test), judge, count=30)
+    assert found["test_images"] == 30
+    assert found["frechet_floor"] == (0.1, 0.2) and found["frechet_samples"] == (0.5, 0.2)
+    assert found["frechet_reconstructions"] == (0.3, 0.2)
+    assert found["density"] == (0.2, 0.5) and found["density_floor"] == (0.2, 0.1)
+    assert found["reconstruction_mse"] == pytest.approx(0.01, rel=0.02)
+    assert found["samples_confident"] == 0 and found["samples_class_shares"] == [1, 0, 0]
+    assert [found[name] for name in ("classifier_accuracy", "labels_kept", "predictions_kept")] == pytest.approx(
+        [1 / 3, 1 / 3, 1])
+    (z, labels, z_test, labels_test), = probed
+    assert [level(z), level(z_test)] == [0.1, 0.2] and len(z) == len(z_test) == len(labels) == 30
+    assert torch.equal(labels_test, y_test[:30])
+
+
+class Clusters:
+    """Three clusters; g(k, n) is a bar whose slant is n's, and the code of an image is read off its lowest row."""
+
+    shape, global_size, local_size, noise_size, prior = (1, 28, 28), 3, 1, 0, "categorical"
+
+    def decode(self, z, n=None):
+        x = torch.zeros(len(z), 1, 28, 28)
+        for image, slant in zip(x, n[:, 0].clamp(-1, 1)):
+            for row in range(4, 24):
+                left = 13 - round(slant.item() * (row - 13.5) / 2)
+                image[0, row, left:left + 2] = 1
+        x[:, 0, -1, :3] = z * 0.01
+        return x
+
+    def logits(self, x):
+        return x[:, 0, -1, :3] * 1e4
+
+
+def test_generated_columns_share_n_along_a_row_and_are_judged_by_cluster():
+    x = torch.zeros(90, 1, 28, 28, dtype=torch.uint8)
+    y = torch.arange(90) % 3
+    x[torch.arange(90), 0, -1, (y + 1) % 3] = 3  # the cluster of class k is k + 1
+
+    class Judge(nn.Module):  # of a generated image, its cluster
+        forward = lambda self, x: x[:, 0, -1, :3] * 1e4  # noqa: E731
+
+    found = metrics.evaluate_clusters(Clusters(), (x, y), (x, y), Judge(), True)
+    assert found["error_on_generated"] == 0 and found["purity"] == 1
+    assert found["slant_correlation"] > 0.99 and abs(found["slant_correlation_shuffled"]) < 0.3
+    assert found["error_one_to_one"] == found["error_majority"] == found["error_exemplar"] == 0 and found["error"] == 1
+
+
+def test_clusters_are_named_by_training_labels_alone(monkeypatch):
+    """The training labels are of other classes than the test's: named by those, every test image is wrong."""
+    x, y = torch.zeros(90, 1, 28, 28, dtype=torch.uint8), torch.arange(90) % 3
+    x[torch.arange(90), 0, -1, y] = 3
+    model = Clusters()
+    model.noise_size = 1
+    found = metrics.evaluate_clusters(model, (x, (y + 1) % 3), (x, y), None, False, draws=2)
+    assert [found[f"error_{way}"] for way in ("exemplar", "majority", "one_to_one", "rest")] == [1, 1, 1, 1]
+    assert "error" not in found
+
+
+def test_votes_and_log_probabilities_are_means_over_draws():
+    each = torch.tensor([[0.0, 2, 1], [0, 1, 3], [0, 2, 1], [0, 1, 0]])  # of one image, a row a draw
+
+    class Model:
+        shape, noise_size, left = (1, 28, 28), 1, list(each)
+
+        def logits(self, x):
+            return self.left.pop(0)[None]
+
+    votes, logs = metrics.assignments(Model(), torch.zeros(1, 1, 28, 28, dtype=torch.uint8), draws=4)
+    assert torch.allclose(logs[0], each.log_softmax(1).mean(0)) and votes.tolist() == [[0, 0.75, 0.25]]
+
+
+def test_a_cluster_is_used_from_a_tenth_of_its_even_share_on():
+    cluster = torch.tensor([0] * 70 + [1] * 20 + [2] * 9 + [3])  # of 100; a tenth of an even share is 2.5
+    votes = F.one_hot(cluster, 4).float()
+    assert metrics.clustering((votes, votes.log()), cluster, (votes, votes.log()), cluster, 4)["clusters_used"] == 3
+
+
+def test_by_chance_an_attribute_is_guessed_by_its_more_frequent_value(tmp_path):
+    y = torch.zeros(10, 2, dtype=torch.uint8)
+    y[:8, 0], y[:3, 1] = 1, 1
+    judge = metrics.Classifier((1, 28, 28), 2).eval()
+    found = metrics.attributes_kept(judge, y, torch.randn(10, 128), None, None, ("a",))
+    assert [a["by_chance"] for a in found] == pytest.approx([0.8, 0.7])
+    assert [a["attribute"] for a in found] == ["a", "1"]
+
+
+def test_the_judge_of_other_labels_is_another_and_is_used_without_dropout(tmp_path):
+    x, y = torch.randint(256, (16, 1, 28, 28), dtype=torch.uint8), torch.arange(16) % 2
+    first = metrics.fixed_classifier(x, y, str(tmp_path), epochs=1)
+    metrics.fixed_classifier(x, 1 - y, str(tmp_path), epochs=1)
+    assert not first.training and len(os.listdir(tmp_path)) == 2
+    again = metrics.fixed_classifier(x, y, str(tmp_path), epochs=1)
+    with torch.no_grad():
+        assert not again.training and torch.equal(first(x / 255), again(x / 255)) and len(os.listdir(tmp_path)) == 2
+
+
+def test_without_mean_colour_only_places_vary(monkeypatch):
+    """n sets one colour for the whole picture: without it no variance is left to compare."""
+    monkeypatch.setattr(metrics, "outer_over_middle", lambda ratio: ratio.mean().item())
+    monkeypatch.setattr(metrics, "mmd_test", lambda *_: {})
+    model, x = IAE.for_images((3, 16, 16), 2, 3), torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8)
+    model.decode = lambda z, n: n[:, :, None, None].expand(-1, 3, 16, 16)
+    with torch.no_grad():
+        found = metrics.evaluate(model.eval(), (x, None), (x, None), None)
+    assert found["outer_over_middle"] > 0.5 and found["outer_over_middle_without_colour"] < 1e-6
+
+
+def test_held_out_images_are_those_of_the_committed_numbers():
+    images = data.Images(torch.arange(100, dtype=torch.uint8)[:, None, None, None], torch.arange(100))
+    assert data.split(images, 5)[1].y.tolist() == [7, 27, 47, 66, 75]
+
+
+def test_labels_of_a_folder_count_its_sorted_sub_folders(tmp_path):
+    for name, shade in (("b", 200), ("a", 100), ("c", 250)):
+        for i in range(4):
+            put(tmp_path / name, {f"{i}.png": b""})
+            Image.new("L", (16, 16), shade).save(tmp_path / name / f"{i}.png")
+    parts = data.load_dataset(str(tmp_path))
+    shades = {int(y): int(x[0, 0, 0]) for part in parts.values() for x, y in zip(part.x, part.y)}
+    assert parts["train"].names == ("a", "b", "c") and shades == {0: 100, 1: 200, 2: 250}
+    assert all((x == shades[int(y)]).all() for part in parts.values() for x, y in zip(part.x, part.y))
+
+
+@pytest.mark.parametrize("kind, toy_name", [("IAE", "ring"), ("FIAE", "four-points"), ("GAN", "mixture")])
+def test_the_schedules_of_the_toys_are_what_their_tables_say(kind, toy_name, monkeypatch):
+    adams, told = [], []
+
+    class Adam(torch.optim.Adam):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            adams.append(self)
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    options = toy.parse(["--steps", "20", "--batch", "4"])
+    model = (toy.four_points_model("FIAE", [0], 0.1, 8, 0.01) if kind == "FIAE" else
+             toy.mixture_model(kind, [0], 8, 4, 8))
+    losses = model.discriminator_losses
+
+    def spy(*arguments):
+        told.append({"penalty": model.penalty, "penalty_2": model.regularization_penalty, "noise": model.code_noise,
+                     "weight": model.regularization_weight, "scale": model.encoder.scale if kind == "IAE" else None,
+                     **{group["name"]: group["lr"] for adam in adams for group in adam.param_groups}})
+        return losses(*arguments)
+
+    model.discriminator_losses = spy
+    frames = toy.train(kind, model, toy_name, toy.RECIPES["stable"], options, lambda model: None)
+    assert [step for step, _ in frames] == [1, 2, 4, 8, 20]
+    assert {adam.defaults["betas"] for adam in adams} == {(0.0, 0.99)}
+    for step, found in enumerate(told, 1):
+        t = step / 20
+        if kind == "IAE":  # the ring: fine
+            fall, settle = (0.2 * 0.01**2 / 0.1) ** min(1, max(0, (t - 0.35) / 0.25)), max(0, 1 - t / 0.35)
+            rate = 1e-3 * fall**0.25 * min(1, (1 - t) / 0.2)
+            wanted = {"penalty": 0.1 * fall, "penalty_2": 0.1 ** min(1, t / 0.35), "noise": 0.3 * settle,
+                      "weight": 1000, "scale": 6 ** min(1, t / 0.35), "encoder": 4e-3 * min(1, settle / 0.75),
+                      "decoder": 0.5 * rate, "reconstruction_discriminator": 5 * rate,
+                      "regularization_discriminator": 4 * rate}
+        elif kind == "GAN":  # the mixture: coarse
+            fall, rate = (0.2 * 0.2**2 / 0.1) ** min(1, max(0, (t - 0.25) / 0.35)), 1e-3 * min(1, (1 - t) / 0.4)
+            wanted = {"penalty": 0.1 * fall, "penalty_2": 0.1 * fall, "noise": 0, "weight": 1, "scale": None,
+                      "generator": rate, "regularization_discriminator": 10 * rate}
+        else:
+            gamma, rate = (0.5 * 0.1**2) ** t, 2e-3 * (1 - t) ** 2
+            wanted = {"penalty": gamma, "penalty_2": gamma, "noise": 0, "weight": 1, "scale": None, "generator": rate,
+                      "recognition": rate, "reconstruction_discriminator": rate, "regularization_discriminator": rate}
+        for name, value in wanted.items():
+            assert found[name] == pytest.approx(value), (step, name)
+
+
+def test_a_narrow_toy_decoder_has_smaller_first_weights_of_n_alone():
+    one, other = (toy.mixture_model("IAE", [0], 7, 10, 8, narrow).decoder.weights[0] for narrow in (1.0, 0.3))
+    assert torch.equal(one[:, :7], other[:, :7]) and torch.allclose(0.3 * one[:, 7:], other[:, 7:])
+
+
+def test_numbers_of_the_toys_by_hand():
+    assert toy.mean_deviation([1.0, 3.0, math.nan]) == pytest.approx((2, 2**0.5))
+    assert toy.mean_deviation([5.0]) == (5, 0)
+    code, mode = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 1, 2, 2])
+    assert toy.clustering_accuracy(code, mode) == pytest.approx(5 / 6)
+    assert toy.clustering_accuracy(torch.zeros(6, dtype=torch.long), mode) == pytest.approx(3 / 6)
+    x = torch.tensor([[0.0, 0], [0.35, 0], [0.45, 0], [2, 0]])  # 0, 3.5, 4.5 and 20 deviations from the one mode
+    found = toy.mixture_numbers(x, torch.zeros(4, dtype=torch.long), torch.zeros(1, 2), 0.1)
+    assert found["good"] == 0.25 and found["bridge"] == 0.5
+    generator = toy.AdditiveNoise(nn.Identity(), 0.1)
+    z, n = torch.randn(2, 3, 5, 2)
+    assert torch.allclose(generator(z, n), z + 0.1 * n)
+
+
+def test_numbers_of_a_posterior_are_means_over_the_four_points(monkeypatch):
+    monkeypatch.setattr(toy, "mmd_test", lambda *_: {"mmd": 0.5, "floor": 0.25, "p": 1.0})
+    monkeypatch.setattr(toy, "true_posterior", lambda *_: torch.randn(150, 2))
+    options = toy.parse(["--steps", "1", "--batch", "8", "--width", "8"])
+    numbers, _ = toy.run_four_points(("InfoGAN",), toy.RECIPES["stable"], options, count=400)
+    assert [numbers["InfoGAN"][f"posterior_{key}"] for key in ("mmd", "floor", "p")] == [[0.5], [0.25], [1.0]]
+
+
+def test_toys_are_measured_in_evaluation_mode(monkeypatch):
+    modes, encode = [], IAE.encode
+    monkeypatch.setattr(toy, "train", lambda *_: [])
+    monkeypatch.setattr(IAE, "encode", lambda model, x: modes.append(model.training) or encode(model, x))
+    options = toy.parse(["--steps", "1", "--batch", "8", "--width", "8"])
+    toy.run_mixture("mixture", ("IAE",), toy.RECIPES["stable"], options, count=50, local=4)
+    assert modes == [False]
+
+
+def test_each_draw_has_its_own_n_and_the_same_z():
+    x = torch.randint(256, (30, 1, 16, 16), dtype=torch.uint8)
+    z, images = metrics.draw(Plain(), x, draws=4)
+    assert torch.allclose(z, iae.to_range(x, (1, 16, 16)).mean((1, 2, 3))[:, None].expand(30, 2))
+    assert torch.allclose(images[:, :, 0, 0, 0], z[:, 0].expand(4, 30))  # the upper half shows z, the lower one n
+    assert len(images[:, :, 0, -1, 0].unique()) == 4 * 30
+
+
+def test_measuring_leaves_the_random_state_and_repeats():
+    x, y = torch.randint(256, (40, 1, 28, 28), dtype=torch.uint8), torch.arange(40) % 3
+    judge, found = metrics.Classifier((1, 28, 28), 3).eval(), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        found.append(metrics.evaluate(Levels(), (x, y), (x, y), judge))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert found[0] == found[1]
+
+
+def test_ones_own_pictures_stand_over_their_reconstructions(sheets, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "load_checkpoint", lambda path: Plain())
+    for name, shade in (("a", 50), ("b", 200)):
+        Image.new("L", (16, 16), shade).save(tmp_path / f"{name}.png")
+    run("--from", "x", "--reconstruct", tmp_path / "b.png", tmp_path / "a.png", "--out", tmp_path / "out.png")
+    images = sheets["out.png"]
+    assert images.shape[:2] == (6, 2)
+    assert torch.allclose(images[:, :, 0, 0, 0] * 255 / 2 + 127.5, torch.tensor([200.0, 50]).expand(6, 2), atol=1e-3)
+    assert len(images[1:, :, 0, -1, 0].unique()) == 10
+
+
+def test_where_a_collapse_begins(digits, tiny, capsys):
+    state, _ = a_run(digits)
+    x = torch.arange(0, 250, 1, dtype=torch.uint8).repeat(2)[:, None, None, None].expand(500, 1, 16, 16)
+    model = Plain()
+    for step, factor, held, warned in ((399, 0.08, 0.95, set()), (400, 0.12, 0.88, set()),
+                                       (400, 0.08, 0.92, {"code", "cluster"})):
+        state.step, state.warned, one = step, set(), (torch.arange(500) >= held * 500).long()
+        model.prior, model.encode = "gaussian", lambda x: x.mean((1, 2, 3))[:, None].expand(-1, 2)
+        model.decode = lambda z, n: factor * z[:, :1, None, None].expand(-1, 1, 16, 16)
+        train.warn_of_collapse(state, model, x)
+        model.prior, model.encode = "categorical", lambda x: F.one_hot(one, 2).float()
+        model.decode = lambda z, n: z[:, :1, None, None].expand(-1, 1, 16, 16)
+        train.warn_of_collapse(state, model, x)
+        assert state.warned == warned
+
+
 # ---------------------------------------------------------------------------------------------------------- the README
 
 
