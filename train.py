@@ -1034,6 +1034,11 @@ def labelled_rows(y: torch.Tensor | None, count: int, clusters: int, seed: int) 
     return sorted(rows.tolist())
 
 
+def steps_of(args: argparse.Namespace, images: int, batch_size: int) -> int:
+    """How many training steps --steps asks for, or else --epochs over so many images."""
+    return args.steps or max(1, round(args.epochs * (images // batch_size)))
+
+
 def settings_of(args: argparse.Namespace, data: dict) -> dict:
     """A run's settings, as config.json holds them: the recipe's values, or what the command line gave instead.
     InputError where no layout fits the images, or labels are asked for that they do not have."""
@@ -1064,7 +1069,7 @@ def settings_of(args: argparse.Namespace, data: dict) -> dict:
     settings["device"] = str(pick_device(args.device))
     settings["precision"] = pick_precision(args.precision, torch.device(settings["device"]))
     settings["capture"] = args.capture and settings["device"].startswith("cuda")
-    settings["steps"] = args.steps or max(1, round(args.epochs * (len(x) // args.batch_size)))
+    settings["steps"] = steps_of(args, len(x), args.batch_size)
     return settings
 
 
@@ -1130,7 +1135,7 @@ def resume(args: argparse.Namespace, given: set) -> tuple[Run, dict, str]:
     if not same or rows and (y is None or min(rows) < 0 or max(rows) >= len(x) or y[rows].max() >= settings["global"]):
         raise InputError(f"{settings['dataset']}: not the images that the run was started with; bring those back")
     if "steps" in given or "epochs" in given:
-        settings["steps"] = args.steps or round(args.epochs * (len(data["train"].x) // settings["batch_size"]))
+        settings["steps"] = steps_of(args, len(x), settings["batch_size"])
     run = Run(settings)
     try:
         run.load_state_dict(state)
@@ -1346,11 +1351,11 @@ def sweep(args: argparse.Namespace, given: set) -> bool:
         if os.path.exists(path):
             with open(path) as file:
                 final = json.load(file)
-            refuse_changes(args, given | {"out"}, final["settings"])
-            steps = args.steps or final["settings"]["steps"]
-            if "epochs" in given and not args.steps:
-                images = final["settings"]["data"]["train"]["images"]
-                steps = round(args.epochs * (images // final["settings"]["batch_size"]))
+            made = final["settings"]
+            refuse_changes(args, given | {"out"}, made)
+            steps = made["steps"]
+            if "steps" in given or "epochs" in given:
+                steps = steps_of(args, made["data"]["train"]["images"], made["batch_size"])
         if final is None or final["steps"] < steps:
             final = run_once(args, given | {"out"})
         if final is None:
