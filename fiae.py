@@ -139,7 +139,11 @@ class FIAE(nn.Module):
         z = self.sample_codes(*x.shape[:x.dim() - len(self.shape)])
         x_hat = self.decode(z)
         seen = self.corrupted(x_hat)
-        return z, x_hat, seen, self.encode(self.dreamt(seen)) if self.recognition is not None else None
+        return z, x_hat, seen, self.infer(self.dreamt(seen)) if self.recognition is not None else None
+
+    def infer(self, x: Tensor) -> Tensor:
+        """What the reconstruction cost needs of images x: here z_hat ~ q(z|x), in InfoGAN the parameters of q(z|x)."""
+        return self.encode(x)
 
     def corrupted(self, x_hat: Tensor) -> Tensor:
         """x_hat rippled, then in noise: what recognition network and D(x, z) see in training."""
@@ -229,7 +233,7 @@ class InfoGAN(FIAE):
 
     def posterior(self, x: Tensor) -> Distribution:
         """q(z|x) as a distribution over codes (batch, global_size), for x (batch, *shape)."""
-        return self.distribution(self.recognition(x, None).float())
+        return self.distribution(self.infer(x))
 
     def distribution(self, parameters: Tensor) -> Distribution:
         """The posterior that the recognition network's outputs stand for."""
@@ -242,12 +246,9 @@ class InfoGAN(FIAE):
         """A sample z_hat ~ q(z|x), (batch, global_size), without gradient; eps is not used."""
         return self.posterior(x).sample()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(z, x_hat, seen, parameters of q(z|x_hat)): the cost needs the density of z there, no sample of it."""
-        z = self.sample_codes(*x.shape[:x.dim() - len(self.shape)])
-        x_hat = self.decode(z)
-        seen = self.corrupted(x_hat)
-        return z, x_hat, seen, self.recognition(self.dreamt(seen), None).float()
+    def infer(self, x: Tensor) -> Tensor:
+        """The parameters of q(z|x), for `forward` in place of z_hat: the cost needs the density of z, no sample."""
+        return self.recognition(x, None).float()
 
     def reconstruction_loss(self, z: Tensor, seen: Tensor, parameters: Tensor) -> Tensor:
         """E[-log q(z|x_hat)], Eq. 13: reaches the recognition network, and the generator by x_hat."""
