@@ -153,54 +153,58 @@ class FIAE(nn.Module):
         """What the recognition network alone sees in training: deformed where there is an agreement_weight."""
         return deform(seen) if self.agreement_weight else seen
 
-    def discriminator_losses(self, x: Tensor, z: Tensor, x_hat: Tensor, seen: Tensor,
-                             z_hat: Tensor | None) -> dict[str, Tensor]:
-        """What the two discriminators descend, for data x and the model's outputs: all constants here."""
-        losses = {}
-        if self.reconstruction_discriminator is not None:
-            losses["reconstruction_discriminator"] = discriminate(
-                self.reconstruction_discriminator, real=(seen, blurred(z, self.code_noise)),
-                fake=(seen, blurred(z_hat, self.code_noise)), objective=self.objective, penalty=self.penalty,
-                code_penalty=self.code_penalty)
-        losses["regularization_discriminator"] = discriminate(
-            self.regularization_discriminator, real=(x,), fake=(x_hat,), objective=self.regularization_objective,
-            penalty=self.regularization_penalty)
-        return losses
+    def discriminator_losses(self, x: Tensor, z: Tensor, x_hat: Tensor, seen: Tensor, z_hat: Tensor | None, *,
+                             penalty_scale: float = 1.0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the two discriminators descend, for data x and the model's outputs: all constants here.
 
-    def autoencoder_losses(self, x: Tensor, z: Tensor, x_hat: Tensor, seen: Tensor,
-                           z_hat: Tensor | None) -> dict[str, Tensor]:
+        penalty_scale and what is returned: as of `iae.IAE.discriminator_losses`.
+        """
+        losses, real = {}, {}
+        if self.reconstruction_discriminator is not None:
+            name = "reconstruction_discriminator"
+            losses[name], real[name] = discriminate(
+                self.reconstruction_discriminator, real=(seen, blurred(z, self.code_noise)),
+                fake=(seen, blurred(z_hat, self.code_noise)), objective=self.objective,
+                penalty=penalty_scale * self.penalty, code_penalty=penalty_scale * self.code_penalty)
+        name = "regularization_discriminator"
+        losses[name], real[name] = discriminate(
+            self.regularization_discriminator, real=(x,), fake=(x_hat,), objective=self.regularization_objective,
+            penalty=penalty_scale * self.regularization_penalty)
+        return losses, real
+
+    def autoencoder_losses(self, x: Tensor, z: Tensor, x_hat: Tensor, seen: Tensor, z_hat: Tensor | None, *,
+                           real: dict[str, Tensor]) -> dict[str, Tensor]:
         """What generator and recognition network descend (Eq. 15), for the model's outputs with their gradients.
 
         reconstruction   KL(p(x, z) || s(x, z)), moves both
         regularization   KL(p(x) || p_data), moves the generator alone
         agreement        with an agreement_weight: on the data, moves the recognition network alone
+
+        real: the second of what `discriminator_losses` returned, for a paired objective (`iae.IAE.autoencoder_losses`).
         """
         losses = {}
         if self.recognition is not None:
-            losses["reconstruction"] = self.reconstruction_weight * self.reconstruction_loss(z, seen, z_hat)
-        fake, real = self.regularization_discriminator(x_hat), None
-        if self.regularization_objective == "paired":
-            with torch.no_grad():
-                real = self.regularization_discriminator(x)
-        loss = generator_loss(real, fake, self.regularization_objective)
+            loss = self.reconstruction_loss(z, seen, z_hat, real.get("reconstruction_discriminator"))
+            losses["reconstruction"] = self.reconstruction_weight * loss
+        paired = self.regularization_objective == "paired"
+        loss = generator_loss(real["regularization_discriminator"] if paired else None,
+                              self.regularization_discriminator(x_hat), self.regularization_objective)
         losses["regularization"] = self.regularization_weight * loss
         if self.agreement_weight:
             copies = self.logits(x).softmax(1), self.logits(deform(x)).softmax(1)  # (batch, K) each
             losses["agreement"] = self.agreement_weight * self.progress * agreement_loss(*copies)
         return losses
 
-    def reconstruction_loss(self, z: Tensor, seen: Tensor, z_hat: Tensor) -> Tensor:
+    def reconstruction_loss(self, z: Tensor, seen: Tensor, z_hat: Tensor, real: Tensor | None) -> Tensor:
         """-log D(x_hat, z_hat): reaches the recognition network by z_hat, the generator by x_hat and through z_hat.
 
-        z, and with it the positive pair (x_hat, z), is a constant but for positive_gradient and information_weight.
+        z, and with it the positive pair (x_hat, z), is a constant but for positive_gradient and information_weight:
+        its logits `real` (batch,) are then those of the discriminators' pass.
         """
         z, z_hat = blurred(z, self.code_noise), blurred(z_hat, self.code_noise)
-        fake, real = self.reconstruction_discriminator(seen, z_hat), None
+        fake = self.reconstruction_discriminator(seen, z_hat)
         if self.positive_gradient or self.information_weight:
             real = self.reconstruction_discriminator(seen, z)
-        elif self.objective == "paired":
-            with torch.no_grad():
-                real = self.reconstruction_discriminator(seen, z)
         constant = real.detach() if self.objective == "paired" else None
         loss = generator_loss(real if self.positive_gradient else constant, fake, self.objective)
         if self.information_weight:  # reaches the generator alone, by x_hat
@@ -250,7 +254,7 @@ class InfoGAN(FIAE):
         """The parameters of q(z|x), for `forward` in place of z_hat: the cost needs the density of z, no sample."""
         return self.recognition(x, None).float()
 
-    def reconstruction_loss(self, z: Tensor, seen: Tensor, parameters: Tensor) -> Tensor:
+    def reconstruction_loss(self, z: Tensor, seen: Tensor, parameters: Tensor, real: None = None) -> Tensor:
         """E[-log q(z|x_hat)], Eq. 13: reaches the recognition network, and the generator by x_hat."""
         if self.prior == "categorical":  # `distribution` has checks that wait for the device, which no CUDA graph does
             return -(z * parameters.log_softmax(-1)).sum(-1).mean()

@@ -330,16 +330,21 @@ def decorrelation_loss(z: Tensor) -> Tensor:
     return ((squares.sum((-2, -1)) - squares.diagonal(dim1=-2, dim2=-1).sum(-1)) / z.shape[-1]).mean()
 
 
-def discriminate(discriminator: nn.Module, real: tuple, fake: tuple, objective: str = "gan",
-                 penalty: float = 0.0, code_penalty: float = 0.0) -> Tensor:
+def discriminate(discriminator: nn.Module, real: tuple, fake: tuple, objective: str = "gan", penalty: float = 0.0,
+                 code_penalty: float = 0.0, together: bool = False) -> tuple[Tensor, Tensor]:
     """What `discriminator` descends: `discriminator_loss` and (penalty / 2) (R1 + R2), E |dD/dinputs|^2 on both sides.
 
     real, fake: tuples of the discriminator's inputs, (..., batch, *features) or None: constants here.
     code_penalty: of (code_penalty / 2) E |dD/dz|^2, R1 on the real pair's last input alone, the code z.
+    together: both sides in one pass, which is quicker; for codes (..., batch, size), and where no side's batch
+    statistics matter. Returns the loss and the real side's logits (..., batch), without gradient.
     """
     real = [part if part is None else part.detach().requires_grad_(penalty + code_penalty > 0) for part in real]
     fake = [part if part is None else part.detach().requires_grad_(penalty > 0) for part in fake]
-    real_logits, fake_logits = discriminator(*real), discriminator(*fake)
+    if together:
+        real_logits, fake_logits = discriminator(torch.cat([*real, *fake], dim=-2)).chunk(2, dim=-1)
+    else:
+        real_logits, fake_logits = discriminator(*real), discriminator(*fake)
     loss = discriminator_loss(real_logits, fake_logits, objective)
     for logits, inputs in ((real_logits, real), (fake_logits, fake)) if penalty else ():
         inputs = [part for part in inputs if part is not None]
@@ -349,7 +354,7 @@ def discriminate(discriminator: nn.Module, real: tuple, fake: tuple, objective: 
     if code_penalty and real[-1] is not None:
         gradient = torch.autograd.grad(real_logits.sum(), real[-1], create_graph=True)[0]  # (..., batch, code_size)
         loss = loss + code_penalty / 2 * gradient.float().pow(2).sum(-1).mean()
-    return loss
+    return loss, real_logits.detach()
 
 
 class IAE(nn.Module):
@@ -484,32 +489,43 @@ class IAE(nn.Module):
         self.fitted_mean.copy_(z.mean(0))
         self.fitted_factor.copy_(vectors * values.clamp(min=0).sqrt())
 
-    def discriminator_losses(self, x: Tensor, z_hat: Tensor | None, x_hat: Tensor,
-                             samples: Tensor | None = None) -> dict[str, Tensor]:
-        """What the discriminators descend, for data x and what `forward` made of them: all constants here."""
-        losses = {}
-        if self.reconstruction_discriminator is not None:
-            losses["reconstruction_discriminator"] = discriminate(
-                self.reconstruction_discriminator, real=(x, z_hat), fake=(x_hat, z_hat),
-                objective=self.objective, penalty=self.penalty, code_penalty=self.code_penalty)
-        if self.regularization_discriminator is not None:
-            losses["regularization_discriminator"] = self.regularization_discriminator_loss(z_hat)
-        if self.sample_discriminator is not None:  # data are real, samples g(z, n) of z ~ p(z) fake
-            losses["sample_discriminator"] = discriminate(
-                self.sample_discriminator, real=(x,), fake=(samples,), objective=self.objective, penalty=self.penalty)
-        return losses
+    def discriminator_losses(self, x: Tensor, z_hat: Tensor | None, x_hat: Tensor, samples: Tensor | None = None, *,
+                             penalty_scale: float = 1.0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the discriminators descend, for data x and what `forward` made of them: all constants here.
 
-    def regularization_discriminator_loss(self, z_hat: Tensor) -> Tensor:
+        penalty_scale: what the penalties are multiplied by (lazy ones by k in each k-th step, by 0 in the others).
+        Returns the losses and, where a generator's loss needs them, the real sides' logits, both by discriminator.
+        """
+        losses, real = {}, {}
+        if self.reconstruction_discriminator is not None:
+            name = "reconstruction_discriminator"
+            losses[name], real[name] = discriminate(
+                self.reconstruction_discriminator, real=(x, z_hat), fake=(x_hat, z_hat), objective=self.objective,
+                penalty=penalty_scale * self.penalty, code_penalty=penalty_scale * self.code_penalty)
+        if self.regularization_discriminator is not None:
+            losses["regularization_discriminator"] = self.regularization_discriminator_loss(z_hat, penalty_scale)
+        if self.sample_discriminator is not None:  # data are real, samples g(z, n) of z ~ p(z) fake
+            name = "sample_discriminator"
+            losses[name], real[name] = discriminate(
+                self.sample_discriminator, real=(x,), fake=(samples,), objective=self.objective,
+                penalty=penalty_scale * self.penalty)
+        return losses, real
+
+    def regularization_discriminator_loss(self, z_hat: Tensor, penalty_scale: float = 1.0) -> Tensor:
         """What D(z) descends: fresh z ~ p(z) are real, z_hat (..., batch, global_size) fake, a constant."""
         real = blurred(self.sample_codes(*z_hat.shape[:-1]), self.code_noise)
         # z and z_hat share nothing row by row, so "paired" has no meaning here: Eq. 1 takes its place.
         return discriminate(
             self.regularization_discriminator, real=(real,), fake=(blurred(z_hat, self.code_noise),),
-            objective="gan" if self.objective == "paired" else self.objective, penalty=self.regularization_penalty)
+            objective="gan" if self.objective == "paired" else self.objective,
+            penalty=penalty_scale * self.regularization_penalty, together=True)[0]
 
-    def autoencoder_losses(self, x: Tensor, z_hat: Tensor | None, x_hat: Tensor,
-                           samples: Tensor | None = None) -> dict[str, Tensor]:
+    def autoencoder_losses(self, x: Tensor, z_hat: Tensor | None, x_hat: Tensor, samples: Tensor | None = None, *,
+                           real: dict[str, Tensor]) -> dict[str, Tensor]:
         """What encoder and decoder descend (Eq. 9-10), for data x and what `forward` made, with its gradients.
+
+        real: what `discriminator_losses` returned as its second. "paired" compares with the positive pair's logits,
+        constants that only weigh: those of the discriminators' pass, one step of theirs old, save another.
 
         The reconstruction loss reaches the decoder through x_hat, and the encoder through x_hat and through z_hat,
         but not through the z_hat of the positive pair. The regularization loss reaches the encoder alone, that of
@@ -519,13 +535,12 @@ class IAE(nn.Module):
         if self.reconstruction_discriminator is None:  # -log p(x|z) of a unit Gaussian, as in the AAE
             loss = 0.5 * (x - x_hat).pow(2).flatten(1).sum(1).mean()
         else:
-            fake, real = self.reconstruction_discriminator(x_hat, z_hat), None
+            fake, positive = self.reconstruction_discriminator(x_hat, z_hat), None
             if self.positive_gradient:
-                real = self.reconstruction_discriminator(x, z_hat)
+                positive = self.reconstruction_discriminator(x, z_hat)
             elif self.objective == "paired":
-                with torch.no_grad():
-                    real = self.reconstruction_discriminator(x, z_hat)
-            loss = generator_loss(real, fake, self.objective)
+                positive = real["reconstruction_discriminator"]
+            loss = generator_loss(positive, fake, self.objective)
         losses["reconstruction"] = self.reconstruction_weight * loss
         if self.regularization_discriminator is not None:
             objective = "gan" if self.objective == "paired" else self.objective
@@ -537,10 +552,10 @@ class IAE(nn.Module):
             copies = self.encode(self.deformed(x))  # (batch, global_size)
             losses["agreement"] = self.agreement_weight * agreement_loss(z_hat, copies)  # the encoder's
         if self.sample_discriminator is not None:
-            with torch.no_grad():  # paired as in a plain GAN, whose pairs share nothing either (RpGAN)
-                real = self.sample_discriminator(x) if self.objective == "paired" else None
+            # Paired as in a plain GAN, whose pairs share nothing either (RpGAN).
+            positive = real["sample_discriminator"] if self.objective == "paired" else None
             fake = self.sample_discriminator(samples)
-            losses["samples"] = self.sample_weight * generator_loss(real, fake, self.objective)  # the decoder's
+            losses["samples"] = self.sample_weight * generator_loss(positive, fake, self.objective)  # the decoder's
         return losses
 
     def deformed(self, x: Tensor) -> Tensor:

@@ -238,7 +238,7 @@ def test_agreement_is_the_probability_of_the_same_code():
     one, other = z_hat.numpy(), codes.detach().softmax(1).numpy()
     by_hand = -np.mean([math.log(sum(one[i, k] * other[i, k] for k in range(4))) for i in range(6)])
     assert iae.agreement_loss(z_hat, codes.softmax(1)).item() == pytest.approx(by_hand, rel=1e-5)
-    told = model.autoencoder_losses(x, z_hat, torch.rand(6, *MNIST))
+    told = model.autoencoder_losses(x, z_hat, torch.rand(6, *MNIST), real={})
     assert told["agreement"].item() == pytest.approx(2 * by_hand, rel=1e-5)
 
 
@@ -253,11 +253,11 @@ def test_decorrelation_is_of_the_covariances_of_different_dimensions_and_moves_t
     model = IAE.for_images(MNIST, 4, 3, decorrelation_weight=2.0)
     x = torch.rand(6, *MNIST)
     z_hat, x_hat = model(x)
-    loss = model.autoencoder_losses(x, z_hat, x_hat)["decorrelation"]
+    loss = model.autoencoder_losses(x, z_hat, x_hat, real={})["decorrelation"]
     assert loss.item() == pytest.approx(2 * iae.decorrelation_loss(z_hat).item())
     assert [g is not None for g in moved_by(loss, model.encoder, model.decoder)] == [True, False]
     model.decorrelation_weight = 0.0
-    assert "decorrelation" not in model.autoencoder_losses(x, z_hat, x_hat)
+    assert "decorrelation" not in model.autoencoder_losses(x, z_hat, x_hat, real={})
 
 
 def test_images_that_should_get_the_same_code_are_deformed_then_rippled(monkeypatch):
@@ -266,7 +266,7 @@ def test_images_that_should_get_the_same_code_are_deformed_then_rippled(monkeypa
     monkeypatch.setattr(iae, "deform", lambda x: x / 2)
     monkeypatch.setattr(iae, "ripple", lambda x, deviation: x + deviation)
     seen = x / 2 + 0.06
-    told = model.autoencoder_losses(x, model.encode(x), x)
+    told = model.autoencoder_losses(x, model.encode(x), x, real={})
     assert told["agreement"].item() == pytest.approx(iae.agreement_loss(model.encode(x), model.encode(seen)).item())
     cross_entropy = torch.nn.functional.cross_entropy
     assert model.classification_loss(x, y).item() == pytest.approx(cross_entropy(model.logits(seen), y).item())
@@ -342,10 +342,10 @@ def test_gradient_penalty_of_a_linear_discriminator_in_closed_form():
             return 3 * x.sum((1, 2, 3)) + 2 * z.sum(1)
 
     x, z = torch.rand(5, 1, 2, 2), torch.rand(5, 3)
-    bare = iae.discriminate(Linear(), (x, z), (x + 1, z))
-    with_penalty = iae.discriminate(Linear(), (x, z), (x + 1, z), penalty=0.1)
+    bare = iae.discriminate(Linear(), (x, z), (x + 1, z))[0]
+    with_penalty = iae.discriminate(Linear(), (x, z), (x + 1, z), penalty=0.1)[0]
     assert (with_penalty - bare).item() == pytest.approx(0.1 / 2 * 2 * (4 * 9 + 3 * 4), rel=1e-4)
-    on_the_code = iae.discriminate(Linear(), (x, z), (x + 1, z), code_penalty=0.1)  # R1 on the real pair's z alone
+    on_the_code = iae.discriminate(Linear(), (x, z), (x + 1, z), code_penalty=0.1)[0]  # R1 on the real pair's z alone
     assert (on_the_code - bare).item() == pytest.approx(0.1 / 2 * 3 * 4, rel=1e-4)
 
 
@@ -353,9 +353,9 @@ def test_code_penalty_is_the_real_pairs_and_of_the_joint_discriminator_alone():
     model = iae.IAE.for_images((1, 28, 28), 4, 2, conditioning="projection", batch_norm=False)
     x = torch.rand(6, 1, 28, 28)
     z_hat, x_hat = model(x)
-    bare = model.discriminator_losses(x, z_hat, x_hat)
+    bare = model.discriminator_losses(x, z_hat, x_hat)[0]
     model.code_penalty = 0.3
-    with_penalty, z = model.discriminator_losses(x, z_hat, x_hat), z_hat.detach().requires_grad_()
+    with_penalty, z = model.discriminator_losses(x, z_hat, x_hat)[0], z_hat.detach().requires_grad_()
     by_code = torch.autograd.grad(model.reconstruction_discriminator(x, z).sum(), z)[0]  # phi(x)
     difference = with_penalty["reconstruction_discriminator"] - bare["reconstruction_discriminator"]
     assert difference.item() == pytest.approx(0.15 * by_code.pow(2).sum(1).mean().item(), rel=1e-3)
@@ -393,7 +393,9 @@ class InDouble:
 
     def loss(self):
         z_hat = self.model.encoder(self.x)
-        return self.model.autoencoder_losses(self.x, z_hat, self.model.decoder(z_hat, self.n))
+        x_hat = self.model.decoder(z_hat, self.n)
+        real = {"reconstruction_discriminator": self.model.reconstruction_discriminator(self.x, z_hat).detach()}
+        return self.model.autoencoder_losses(self.x, z_hat, x_hat, real=real)
 
 
 @pytest.mark.parametrize("objective", ["gan", "paired", "kl"])
@@ -427,7 +429,9 @@ def test_generator_gradient_equals_finite_differences(objective):
 def encoder_gradient(model, x, n, through_x_hat=True, through_z_hat=True):
     z_hat = model.encoder(x)
     x_hat = model.decoder(z_hat if through_x_hat else z_hat.detach(), n)
-    loss = model.autoencoder_losses(x, z_hat if through_z_hat else z_hat.detach(), x_hat)["reconstruction"]
+    z_hat = z_hat if through_z_hat else z_hat.detach()
+    real = model.discriminator_losses(x, z_hat, x_hat)[1]
+    loss = model.autoencoder_losses(x, z_hat, x_hat, real=real)["reconstruction"]
     gradient = torch.autograd.grad(loss, model.encoder.layers[0].weight, allow_unused=True)[0]
     return torch.zeros(()) if gradient is None else gradient
 
@@ -457,14 +461,14 @@ def test_who_descends_what():
     x = torch.randn(8, 2)
     model = small_model().float()
     z_hat, x_hat = model(x)
-    losses = model.discriminator_losses(x, z_hat, x_hat)
+    losses = model.discriminator_losses(x, z_hat, x_hat)[0]
     assert gradients(model, losses["reconstruction_discriminator"]) == {"reconstruction_discriminator"}
     assert gradients(model, losses["regularization_discriminator"]) == {"regularization_discriminator"}
     for discriminator in (model.reconstruction_discriminator, model.regularization_discriminator):
         discriminator.requires_grad_(False)
-    losses = model.autoencoder_losses(x, *model(x))
+    losses = model.autoencoder_losses(x, *model(x), real={})
     assert gradients(model, losses["reconstruction"]) == {"encoder", "decoder"}
-    losses = model.autoencoder_losses(x, *model(x))
+    losses = model.autoencoder_losses(x, *model(x), real={})
     assert gradients(model, losses["regularization"]) == {"encoder"}
 
 
@@ -484,18 +488,20 @@ def test_the_gan_of_samples_takes_data_for_real_and_moves_the_decoder():
         model.sample_discriminator = MeanPixel()
         outputs = model(x)  # z_hat, x_hat, samples
         real, fake = 3 * x.mean((1, 2, 3)), 3 * outputs[2].mean((1, 2, 3))
-        loss = model.discriminator_losses(x, *outputs)["sample_discriminator"]
+        losses, constants = model.discriminator_losses(x, *outputs)
+        loss = losses["sample_discriminator"]
         assert loss.item() == pytest.approx(iae.discriminator_loss(real, fake, objective).item(), rel=1e-4)
         assert gradients(model, loss) == {"sample_discriminator"}
         model.sample_discriminator.requires_grad_(False)
-        loss = model.autoencoder_losses(x, *outputs)["samples"]
+        loss = model.autoencoder_losses(x, *outputs, real=constants)["samples"]
         expected = iae.generator_loss(real if objective == "paired" else None, fake, objective)
         assert loss.item() == pytest.approx(2 * expected.item(), rel=1e-4)
         assert gradients(model, loss) == {"encoder", "decoder"}  # the encoder through the batch's statistics alone:
         for norm in model.decoder.modules():
             if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 norm.eval()
-        assert gradients(model, model.autoencoder_losses(x, *model(x))["samples"]) == {"decoder"}
+        loss = model.autoencoder_losses(x, *model(x), real=constants)["samples"]
+        assert gradients(model, loss) == {"decoder"}
 
 
 def test_samples_and_reconstructions_share_the_decoders_batch_statistics():
@@ -518,7 +524,7 @@ def test_each_switch_removes_exactly_what_it_says():
         model = IAE.for_images(MNIST, global_size, local_size, **options)
         outputs = model(x)
         return (model, {name for name, child in model.named_children() if child is not None},
-                set(model.discriminator_losses(x, *outputs)), set(model.autoencoder_losses(x, *outputs)))
+                set(model.discriminator_losses(x, *outputs)[0]), set(model.autoencoder_losses(x, *outputs, real={})))
 
     everything = {"encoder", "decoder", "reconstruction_discriminator", "regularization_discriminator"}
     assert parts()[1:] == (everything, {"reconstruction_discriminator", "regularization_discriminator"},
@@ -544,7 +550,8 @@ def test_euclidean_reconstruction_is_the_unit_gaussians_negative_log_likelihood(
     model, x = IAE.for_images(MNIST, 4, 0, euclidean=True), torch.rand(4, *MNIST)
     z_hat, x_hat = model(x)
     exact = -torch.distributions.Normal(x_hat, 1).log_prob(x).sum((1, 2, 3)).mean() - 784 * 0.5 * math.log(2 * math.pi)
-    assert model.autoencoder_losses(x, z_hat, x_hat)["reconstruction"].item() == pytest.approx(exact.item(), rel=1e-4)
+    told = model.autoencoder_losses(x, z_hat, x_hat, real={})
+    assert told["reconstruction"].item() == pytest.approx(exact.item(), rel=1e-4)
 
 
 def test_priors_and_the_fitted_gaussian():
@@ -3132,20 +3139,20 @@ def test_fiae_moves_what_section_3_says(objective):
     x = torch.randn(2, 16, 2)
     z, x_hat, seen, z_hat = outputs = model(x)
     assert torch.equal(seen, x_hat)
-    critics = model.discriminator_losses(x, *outputs)
+    critics, real = model.discriminator_losses(x, *outputs)
     assert list(critics) == ["reconstruction_discriminator", "regularization_discriminator"]
     for loss, own, other in zip(critics.values(), (joint, critic), (critic, joint)):
         moved = moved_by(loss, *players, own, other)
         assert moved[0] is None and moved[1] is None and moved[2] is not None and moved[3] is None
-    losses = model.autoencoder_losses(x, *outputs)
+    losses = model.autoencoder_losses(x, *outputs, real=real)
     assert [g is not None for g in moved_by(losses["regularization"], *players)] == [True, False]
     # The negative pair alone: the positive pair's logit is a number here, whatever the objective.
-    fake, real = joint(x_hat, z_hat), joint(x_hat, z).detach()
-    by_hand = {"gan": F.softplus(-fake), "paired": F.softplus(real - fake), "kl": -fake}[objective].mean()
+    fake, constant = joint(x_hat, z_hat), joint(x_hat, z).detach()
+    by_hand = {"gan": F.softplus(-fake), "paired": F.softplus(constant - fake), "kl": -fake}[objective].mean()
     for got, wanted in zip(moved_by(losses["reconstruction"], *players), moved_by(by_hand, *players)):
         assert torch.allclose(got, wanted, atol=1e-7) and got.abs().sum() > 0
     model.positive_gradient = True  # the variant moves the generator by the positive pair as well
-    variant = moved_by(model.autoencoder_losses(x, *outputs)["reconstruction"], *players)
+    variant = moved_by(model.autoencoder_losses(x, *outputs, real=real)["reconstruction"], *players)
     assert not torch.allclose(variant[0], moved_by(by_hand, *players)[0])
     assert torch.allclose(variant[1], moved_by(by_hand, *players)[1], atol=1e-7)
 
@@ -3171,15 +3178,16 @@ def test_flipped_agreement_deforms_dreams_and_moves_the_recognition_network_alon
     monkeypatch.setattr(fiae, "deform", lambda x: x.flip(2))
     x = torch.rand(6, *MNIST)
     outputs = z, x_hat, _, z_hat = model(x)
-    losses = model.autoencoder_losses(x, *outputs)
+    losses = model.autoencoder_losses(x, *outputs, real={})
     assert len(seen) == 1 and torch.equal(seen[0], x_hat.flip(2))  # what it is trained on
     p, q = model.logits(x).softmax(1), model.logits(x.flip(2)).softmax(1)
     assert losses["agreement"].item() == pytest.approx(-2 * (p * q).sum(1).log().mean().item(), rel=1e-4)
     assert [g is not None for g in moved_by(losses["agreement"], model.generator, model.recognition)] == [False, True]
     model.progress.fill_(0.25)
-    assert model.autoencoder_losses(x, *outputs)["agreement"].item() == pytest.approx(losses["agreement"].item() / 4)
+    told = model.autoencoder_losses(x, *outputs, real={})
+    assert told["agreement"].item() == pytest.approx(losses["agreement"].item() / 4)
     model.agreement_weight = 0.0
-    assert "agreement" not in model.autoencoder_losses(x, *outputs)
+    assert "agreement" not in model.autoencoder_losses(x, *outputs, real={})
     assert torch.equal(model.dreamt(x), x)
 
 
@@ -3192,7 +3200,7 @@ def test_fiae_judges_codes_in_noise():
     with torch.no_grad():
         outputs = z, x_hat, noisy, z_hat = model(x)
         model.discriminator_losses(x, *outputs)
-        model.autoencoder_losses(x, *outputs)
+        model.autoencoder_losses(x, *outputs, real={})
     for code, clean in zip(seen, (z, z_hat, z_hat)):
         assert (code - clean).std().item() == pytest.approx(0.3, rel=0.1)
 
@@ -3209,7 +3217,7 @@ def test_fiae_sees_its_images_rippled_and_in_noise(monkeypatch):
     with torch.no_grad():
         outputs = z, x_hat, noisy, z_hat = model(x)
         model.discriminator_losses(x, *outputs)
-        model.autoencoder_losses(x, *outputs)
+        model.autoencoder_losses(x, *outputs, real={})
         model.encode(x)
     assert (noisy - x_hat).std().item() == pytest.approx(0.2, rel=0.02)
     assert len(read) == 2 and all(torch.equal(seen, noisy) for seen in (read[0], *joint))
@@ -3225,9 +3233,9 @@ def test_fiae_code_penalty_is_of_the_joint_discriminator_by_the_code_of_the_real
     model = FIAE.for_images(MNIST, 4, 2, batch_norm=False, objective="paired")
     x = torch.rand(6, *MNIST)
     outputs = z, x_hat, seen, z_hat = model(x)
-    bare = model.discriminator_losses(x, *outputs)
+    bare = model.discriminator_losses(x, *outputs)[0]
     model.code_penalty = 0.3
-    with_penalty, z = model.discriminator_losses(x, *outputs), z.requires_grad_()
+    with_penalty, z = model.discriminator_losses(x, *outputs)[0], z.requires_grad_()
     by_code = torch.autograd.grad(model.reconstruction_discriminator(seen, z).sum(), z)[0]
     difference = with_penalty["reconstruction_discriminator"] - bare["reconstruction_discriminator"]
     assert difference.item() == pytest.approx(0.15 * by_code.pow(2).sum(1).mean().item(), rel=1e-3)
@@ -3242,7 +3250,8 @@ def test_information_moves_the_generator_to_what_the_joint_discriminator_tells_a
         model.progress.fill_(0.5)
         torch.manual_seed(5)
         outputs = z, x_hat, seen, z_hat = model(x)
-        loss = model.autoencoder_losses(x, *outputs)["reconstruction"]
+        real = model.discriminator_losses(x, *outputs)[1]
+        loss = model.autoencoder_losses(x, *outputs, real=real)["reconstruction"]
         outcomes.append((loss, moved_by(loss, model.generator, model.recognition)))
     joint = model.reconstruction_discriminator
     own = 0.5 * 0.7 * iae.discriminator_loss(joint(seen, z), joint(seen, z_hat).detach(), objective)
@@ -3261,8 +3270,9 @@ def test_paired_regularization_is_a_relativistic_gan_whose_real_side_is_constant
         real, fake = (model.regularization_discriminator(images) for images in (x, outputs[1]))
         wanted = (F.softplus(fake - real).mean(), F.softplus(real - fake).mean()) if paired else (
             F.softplus(-real).mean() + F.softplus(fake).mean(), F.softplus(-fake).mean())
-        critic = model.discriminator_losses(x, *outputs)["regularization_discriminator"]
-        loss = model.autoencoder_losses(x, *outputs)["regularization"]
+        critics, constants = model.discriminator_losses(x, *outputs)
+        critic = critics["regularization_discriminator"]
+        loss = model.autoencoder_losses(x, *outputs, real=constants)["regularization"]
         assert (critic.item(), loss.item()) == pytest.approx([part.item() for part in wanted], rel=1e-5)
         assert torch.autograd.grad(loss, x, allow_unused=True) == (None,)  # nor would a trainable x move
 
@@ -3313,8 +3323,8 @@ def test_images(kind, options, shape):
     model = kind.for_images(shape, **options)
     x = torch.rand(4, *shape)
     outputs = model(x)
-    sum(model.discriminator_losses(x, *outputs).values()).backward()
-    sum(model.autoencoder_losses(x, *outputs).values()).backward()
+    sum(model.discriminator_losses(x, *outputs)[0].values()).backward()
+    sum(model.autoencoder_losses(x, *outputs, real={}).values()).backward()
     assert all(p.grad is not None for p in model.parameters())
     assert model.reconstruct(x).shape == x.shape and model.sample(2).shape == (2, *shape)
     codes = model.encode(x)
@@ -3345,7 +3355,7 @@ def test_seeds_are_independent():
     for batch in (x, x2):
         torch.manual_seed(0)
         outputs = pair(batch)
-        losses = {**pair.discriminator_losses(batch, *outputs), **pair.autoencoder_losses(batch, *outputs)}
+        losses = {**pair.discriminator_losses(batch, *outputs)[0], **pair.autoencoder_losses(batch, *outputs, real={})}
         pair.zero_grad()
         sum(losses.values()).backward()
         grads.append([p.grad.clone() for p in pair.parameters()])
@@ -3560,7 +3570,7 @@ def test_gradient_penalty_is_of_real_and_of_fake_examples_each_row_by_itself():
     """With a leading dimension, the toys' seeds: |dD/dx|^2 is of one row of one seed."""
     real, fake = torch.randn(2, 3, 5, 2)  # (seeds, batch, features) each
     square = lambda x: x.pow(2).sum(-1)  # noqa: E731
-    bare, penal = (iae.discriminate(square, (real,), (fake + 1,), penalty=penalty) for penalty in (0.0, 0.1))
+    bare, penal = (iae.discriminate(square, (real,), (fake + 1,), penalty=penalty)[0] for penalty in (0.0, 0.1))
     by_hand = 0.05 * sum((2 * x).pow(2).sum(-1).mean() for x in (real, fake + 1))
     assert (penal - bare).item() == pytest.approx(by_hand.item(), rel=1e-4)
 
@@ -3573,8 +3583,9 @@ def test_weights_and_penalties_are_of_the_losses_they_name(kind):
         model = (small_model(**options) if kind is IAE else small_fiae(**options)).float()
         torch.manual_seed(1)
         outputs = model(x)
-        return {name: loss.item() for told in (model.discriminator_losses, model.autoencoder_losses)
-                for name, loss in told(x, *outputs).items()}
+        critics, real = model.discriminator_losses(x, *outputs)
+        told = {**critics, **model.autoencoder_losses(x, *outputs, real=real)}
+        return {name: loss.item() for name, loss in told.items()}
 
     plain, factors = losses(), {"reconstruction": 3, "regularization": 5}
     weighted = losses(reconstruction_weight=3.0, regularization_weight=5.0)
@@ -3596,14 +3607,15 @@ def test_the_iaes_d_of_z_takes_prior_codes_for_real_and_sees_both_in_noise():
     model.regularization_discriminator.register_forward_hook(lambda m, inputs, output: seen.append((inputs[0], output)))
     with torch.no_grad():
         z_hat, x_hat = model(x)
-    loss = model.discriminator_losses(x, z_hat, x_hat)["regularization_discriminator"]
-    model.autoencoder_losses(x, z_hat, x_hat)
-    for (code, _), clean in zip(seen, (z, z_hat, z_hat), strict=True):
+    loss = model.discriminator_losses(x, z_hat, x_hat)[0]["regularization_discriminator"]
+    model.autoencoder_losses(x, z_hat, x_hat, real={})
+    codes = [*seen[0][0].chunk(2), seen[1][0]]  # D(z) sees both sides in one pass
+    for code, clean in zip(codes, (z, z_hat, z_hat), strict=True):
         assert (code - clean).std().item() == pytest.approx(0.3, rel=0.1)
-    assert loss.item() == pytest.approx(iae.discriminator_loss(seen[0][1], seen[1][1]).item(), rel=1e-5)
+    assert loss.item() == pytest.approx(iae.discriminator_loss(*seen[0][1].chunk(2)).item(), rel=1e-5)
     model.regularization_discriminator = MeanCode()
     model.code_noise = 0.0
-    loss = model.discriminator_losses(x, z_hat - 1, x_hat)["regularization_discriminator"]
+    loss = model.discriminator_losses(x, z_hat - 1, x_hat)[0]["regularization_discriminator"]
     wanted = F.softplus(-3 * z.mean(1)).mean() + F.softplus(3 * (z_hat - 1).mean(1)).mean()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
 
@@ -3674,12 +3686,75 @@ def test_each_network_learns_at_its_own_rate(digits, tiny):
 def test_the_further_steps_of_d_of_z_see_the_codes_of_the_batches_before(digits, tiny):
     state, loaded = a_run(digits, "--regularization-steps", 3)
     loss, seen = state.model.regularization_discriminator_loss, []
-    state.model.regularization_discriminator_loss = lambda z: seen.append(z.detach().clone()) or loss(z)
+    state.model.regularization_discriminator_loss = lambda z, scale: seen.append(z.detach().clone()) or loss(z, scale)
     steps_of(state, loaded, 5)
     assert len(seen) == 15
     own = seen[::3]
     for step in range(2, 5):
         assert torch.equal(seen[3 * step + 1], own[step - 2]) and torch.equal(seen[3 * step + 2], own[step - 1])
+
+
+@pytest.mark.parametrize("model", ["iae", "fiae"])
+def test_lazy_penalties_come_in_every_kth_step_with_k_times_their_weight(digits, tiny, model):
+    state, loaded = a_run(digits, "--model", model, "--penalty-every", 3, "--regularization-penalty", 0.7,
+                          "--penalty", 0.2, "--code-penalty", 0.4)
+    seen, discriminate = [], iae.discriminate
+
+    def spy(discriminator, real, fake, objective="gan", penalty=0.0, code_penalty=0.0, together=False):
+        seen.append((penalty, code_penalty))
+        return discriminate(discriminator, real, fake, objective, penalty, code_penalty, together)
+
+    module = iae if model == "iae" else fiae
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "discriminate", spy)
+        steps_of(state, loaded, 4)
+    once = [(pytest.approx(0.6), pytest.approx(1.2)), *[(pytest.approx(2.1), 0.0)] * (2 if model == "iae" else 1)]
+    assert seen == [*once, *[(0, 0)] * 2 * len(once), *once]
+
+
+def test_lazy_penalties_have_the_same_mean():
+    """What D(z) descends in k steps of lazy penalties is what it descends in k steps with penalties, weights held."""
+    torch.manual_seed(0)
+    model = IAE.for_images(MNIST, 4, 3, regularization_penalty=0.7)
+    z_hat = torch.randn(32, 4)
+
+    def loss(scale):
+        torch.manual_seed(1)
+        return model.regularization_discriminator_loss(z_hat, scale).item()
+
+    assert loss(1) > loss(0) + 1e-5
+    assert loss(16) + 15 * loss(0) == pytest.approx(16 * loss(1), rel=1e-5)
+
+
+def test_one_pass_of_both_sides_equals_two():
+    """`together`, of a discriminator without batch statistics: the same loss, gradients and real logits."""
+    critic, told = iae.CodeDiscriminator(3), []
+    real, fake = torch.randn(2, 5, 3)
+    for together in (False, True):
+        critic.zero_grad()
+        loss, logits = iae.discriminate(critic, (real,), (fake,), penalty=0.3, together=together)
+        loss.backward()
+        told.append([loss.detach(), logits, *(p.grad.clone() for p in critic.parameters() if p.grad is not None)])
+        assert not logits.requires_grad and torch.allclose(logits, critic(real), atol=1e-6)
+    assert all(torch.allclose(one, two, atol=1e-6) for one, two in zip(*told, strict=True))
+
+
+@pytest.mark.parametrize("kind", [IAE, FIAE])
+def test_a_paired_generator_takes_the_real_logits_of_the_discriminators_pass(kind):
+    """They only weigh: with D moved in between, its new logits of the negative and its old ones of the positive pair."""
+    torch.manual_seed(0)
+    model, x = kind.for_images(MNIST, 4, 3, objective="paired", batch_norm=False), torch.rand(5, *MNIST)
+    joint, outputs = model.reconstruction_discriminator, model(x)
+    pairs = ((x, outputs[0]), (outputs[1], outputs[0])) if kind is IAE else (outputs[1::-1], outputs[2:])
+    real = joint(*pairs[0])
+    told = model.discriminator_losses(x, *outputs)[1]
+    assert torch.allclose(told["reconstruction_discriminator"], real, atol=1e-6)
+    with torch.no_grad():
+        joint.fc[-1].bias += 1.0
+    loss = model.autoencoder_losses(x, *outputs, real=told)["reconstruction"]
+    wanted = F.softplus(real - joint(*pairs[1])).mean()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
+    assert abs(loss.item() - F.softplus(joint(*pairs[0]) - joint(*pairs[1])).mean().item()) > 0.1
 
 
 def test_progress_goes_from_0_to_1(digits, tiny):

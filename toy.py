@@ -219,11 +219,11 @@ def train(kind: str, model: IAE | FIAE, data: str, recipe: dict, options: argpar
                 group["lr"] *= fall ** plan["follow"] * min(1.0, (1 - progress) / plan["decay"]) ** plan["power"]
         x = draw(data, seeds, batch)
         outputs = model(x)
-        told_critics = model.discriminator_losses(x, *outputs)
+        told_critics, real = model.discriminator_losses(x, *outputs)
         optimizers[0].zero_grad()
         (seeds * sum(told_critics.values())).backward(inputs=[p for group in critics for p in group["params"]])
         optimizers[0].step()
-        told_players = model.autoencoder_losses(x, *outputs)
+        told_players = model.autoencoder_losses(x, *outputs, real=real)
         optimizers[1].zero_grad()
         (seeds * sum(told_players.values())).backward(inputs=[p for group in players for p in group["params"]])
         optimizers[1].step()

@@ -50,6 +50,7 @@ RECIPES = {
         objective="gan",  # Eq. 1, non-saturating
         penalty=0.0,  # gamma of R1 + R2 on the reconstruction discriminator
         regularization_penalty=0.0,  # and on the regularization discriminator
+        penalty_every=1,  # steps from one with penalties, k times theirs, to the next: lazy ones (Karras et al. 2020)
         reconstruction_weight=1.0,  # of the reconstruction GAN's loss in what encoder and decoder descend
         regularization_weight=1.0,  # of the regularization GAN's
         regularization_steps=1,  # of the IAE's D(z), for each step of the others
@@ -74,6 +75,7 @@ RECIPES = {
         objective="paired",
         penalty=0.0,
         regularization_penalty=0.1,
+        penalty_every=16,
         reconstruction_weight=1.0,
         regularization_weight=10.0,
         regularization_steps=1,
@@ -96,14 +98,14 @@ RECIPES = {
     ),
 }
 # What "stable" changes where --local is 0: all of x must pass through z, so z has more to learn and less to be moved.
-DETERMINISTIC = dict(regularization_weight=1.0, rates=(3e-4, 1e-3, 5e-4, 5e-4), decay=0.5)
+DETERMINISTIC = dict(penalty_every=1, regularization_weight=1.0, rates=(3e-4, 1e-3, 5e-4, 5e-4), decay=0.5)
 # And under a categorical prior: what a cluster is must be said, and D(z) must not win by the corners of the simplex.
-CATEGORICAL = dict(regularization_penalty=0.3, regularization_weight=100.0, code_noise=0.3, agreement_weight=1.0,
+CATEGORICAL = dict(regularization_penalty=0.3, penalty_every=1, regularization_weight=100.0, code_noise=0.3, agreement_weight=1.0,
                    rates=(1e-3, 1e-3, 2e-4, 2e-3), decay=0.5)
 # With labels, which hold every cluster in its place, both GANs are better gentle with it (README, "Discrete codes").
 LABELLED = dict(regularization_penalty=1.0, regularization_weight=10.0, reconstruction_weight=0.1)
 # Where the model is flipped, D(x) is a plain GAN's: InfoGAN's settings, and D(x, z) as fast as the recognition network.
-FLIPPED = dict(regularization_penalty=0.0, regularization_weight=1.0, beta1=0.5, rates=(1e-3, 1e-3, 1e-3, 2e-4),
+FLIPPED = dict(regularization_penalty=0.0, penalty_every=1, regularization_weight=1.0, beta1=0.5, rates=(1e-3, 1e-3, 1e-3, 2e-4),
                decay=0.5)
 FLIPPED_GAUSSIAN = dict(FLIPPED, image_noise=0.2, elastic=0.06, code_penalty=15.0, paired_regularization=True,
                         information_weight=25.0, reconstruction_weight=0.5)
@@ -154,7 +156,7 @@ class Run:
     """What training moves, and so what a checkpoint holds: the two players, their optimizers, the average, the step."""
 
     def __init__(self, settings: dict):
-        self.settings, self.step, self.seconds, self.captured = settings, 0, 0.0, None
+        self.settings, self.step, self.seconds, self.captured = settings, 0, 0.0, {}
         self.judged, self.warned = [], set()  # of `warn_of_dead_discriminator`, `warn`
         self.device = torch.device(settings["device"])
         torch.manual_seed(settings["seed"])
@@ -237,7 +239,8 @@ def update(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor
     labelled: (images, labels) for the cross-entropy of semi-supervised learning (Section 2.1.2), or None.
     Returns the losses as tensors on the device (reading them is what would wait for it).
     """
-    model = run.model
+    model, every = run.model, run.settings["penalty_every"]
+    penalty_scale = every if run.step % every == 0 else 0
     precision = torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings["precision"] == "bf16")
     with precision:
         # IAE: z_hat ~ q(z|x), x_hat ~ p(x|z_hat). FIAE: z ~ p(z), x_hat ~ p(x|z), z_hat ~ q(z|x_hat).
@@ -248,7 +251,7 @@ def update(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor
     #    In the FIAE (x_hat, z) is real, (x_hat, z_hat) fake; x is real, x_hat fake. With --sample-weight the IAE has
     #    a third: x is real, samples are fake.
     with precision:
-        losses = model.discriminator_losses(x, *codes_and_images)
+        losses, real = model.discriminator_losses(x, *codes_and_images, penalty_scale=penalty_scale)
     if losses:
         run.discriminator_optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -256,7 +259,7 @@ def update(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor
     if run.recent is not None:  # D(z) is cheap and must see every hole that q(z) leaves in p(z): it gets further steps
         for z_hat in run.recent:  # (batch, global), the codes of an earlier batch
             with precision:
-                loss = model.regularization_discriminator_loss(z_hat)
+                loss = model.regularization_discriminator_loss(z_hat, penalty_scale)
             run.discriminator_optimizer.zero_grad()
             loss.backward()
             run.discriminator_optimizer.step()
@@ -266,7 +269,7 @@ def update(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor
     #    KL(q(z) || p(z)), the decoder that of samples. The discriminators only judge here: `inputs` spares their
     #    weights' gradients.
     with precision:
-        generative = model.autoencoder_losses(x, *codes_and_images)
+        generative = model.autoencoder_losses(x, *codes_and_images, real=real)
         if labelled is not None:
             generative["classification"] = model.classification_loss(*labelled)
     run.autoencoder_optimizer.zero_grad()
@@ -287,9 +290,10 @@ def train_step(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Te
             group["lr"] = falling * group["rate"]
     if isinstance(run.model, FIAE):
         run.model.progress.fill_(1 - left)
-    if settings["capture"] and run.captured is None:
-        run.captured = Captured(run, x, labelled)
-    losses = run.captured(x, labelled) if run.captured else update(run, x, labelled)
+    penalized = run.step % settings["penalty_every"] == 0
+    if settings["capture"] and penalized not in run.captured:
+        run.captured[penalized] = Captured(run, x, labelled)
+    losses = run.captured[penalized](x, labelled) if settings["capture"] else update(run, x, labelled)
     run.step += 1
     decay = min(settings["averaging"], run.step / (run.step + 10))  # short at first: forgets the first weights
     get_ema_multi_avg_fn(decay)(list(run.averaged.parameters()), run.autoencoder, run.step)
@@ -300,6 +304,7 @@ class Captured:
     """`update` recorded once as a CUDA graph and replayed: one launch a step in place of some thousand.
 
     The noise is drawn inside the graph, from the device's own generator. x and labelled are examples of the shapes.
+    Steps with and without penalties need a graph each: the one recorded is that of run.step.
     """
 
     def __init__(self, run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor] | None):
@@ -586,7 +591,7 @@ def checked_settings(settings: dict) -> dict:
     for name, kind in kinds.items():
         since = {"data": {}, "image_noise": 0.0, "code_penalty": 0.0, "paired_regularization": False,
                  "information_weight": 0.0, "elastic": 0.0, "decorrelation_weight": 0.0, "sample_weight": 0.0,
-                 "sample_rate": 1e-3}
+                 "sample_rate": 1e-3, "penalty_every": 1}
         value = found[name] = settings.get(name, {**defaults, **since}.get(name))
         if value is None and name in ("out", "image_size", "init"):
             continue
@@ -905,6 +910,7 @@ def recipe_flags(add_argument: Callable) -> None:
     add("--objective", choices=CHOICES["objective"], help="gan: Eq. 1; paired: relativistic; kl: the f-GAN's")
     add("--penalty", type=float, metavar="GAMMA", help="of R1 + R2 on the reconstruction discriminator")
     add("--regularization-penalty", type=float, metavar="GAMMA", help="of R1 + R2 on the regularization discriminator")
+    add("--penalty-every", type=int, metavar="K", help="penalties in each K-th step, times K")
     add("--reconstruction-weight", type=float, metavar="WEIGHT", help="of the reconstruction GAN in what is descended")
     add("--regularization-weight", type=float, metavar="WEIGHT", help="of the regularization GAN in what is descended")
     add("--regularization-steps", type=int, metavar="K", help="of the IAE's D(z) for each step of the others")
@@ -955,8 +961,9 @@ def check(error, args: argparse.Namespace) -> None:
     for name in ("batch_size", "steps", "epochs", "sample"):
         if sizes[name] is not None and not 0 < sizes[name] < float("inf"):
             error(f"--{name.replace('_', '-')} {sizes[name]}: must be more than 0")
-    if args.regularization_steps is not None and args.regularization_steps < 1:
-        error(f"--regularization-steps {args.regularization_steps}: must be 1 or more")
+    for name in ("regularization_steps", "penalty_every"):
+        if sizes[name] is not None and sizes[name] < 1:
+            error(f"--{name.replace('_', '-')} {sizes[name]}: must be 1 or more")
     if args.shift > 8:
         error(f"--shift {args.shift}: at most 8 pixels, or digits leave their pictures")
     for flag, rate in [*(("--rates", rate) for rate in args.rates or ()), ("--sample-rate", args.sample_rate)]:
@@ -1201,13 +1208,18 @@ def field_update(run: Run, x: torch.Tensor) -> None:
     """
     model = run.model
     outputs = model(x)
-    losses = model.discriminator_losses(x, *outputs)
+    losses, real = model.discriminator_losses(x, *outputs)
     if losses:
         run.discriminator_optimizer.zero_grad()
         sum(losses.values()).backward()
         run.discriminator_optimizer.step()
+    pairs = {"reconstruction_discriminator": (x, outputs[0]), "sample_discriminator": (x,)}
+    if isinstance(model, FIAE):
+        pairs = {"reconstruction_discriminator": (outputs[2], outputs[0]), "regularization_discriminator": (x,)}
+    with torch.no_grad():  # the positive pairs' logits anew, where `update` takes those of the discriminators' pass
+        real = {name: getattr(model, name)(*pairs[name]) for name in real}
     run.autoencoder_optimizer.zero_grad()
-    sum(model.autoencoder_losses(x, *outputs).values()).backward()
+    sum(model.autoencoder_losses(x, *outputs, real=real).values()).backward()
     run.autoencoder_optimizer.step()
     for average, parameter in zip(run.averaged.parameters(), run.autoencoder):
         average.lerp_(parameter.detach(), 1 - run.settings["averaging"])
