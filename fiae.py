@@ -180,7 +180,7 @@ class FIAE(nn.Module):
         regularization   KL(p(x) || p_data), moves the generator alone
         agreement        with an agreement_weight: on the data, moves the recognition network alone
 
-        real: the second of what `discriminator_losses` returned, for a paired objective (`iae.IAE.autoencoder_losses`).
+        real: the second of what `discriminator_losses` returned, as of `iae.IAE.autoencoder_losses`.
         """
         losses = {}
         if self.recognition is not None:
@@ -198,8 +198,8 @@ class FIAE(nn.Module):
     def reconstruction_loss(self, z: Tensor, seen: Tensor, z_hat: Tensor, real: Tensor | None) -> Tensor:
         """-log D(x_hat, z_hat): reaches the recognition network by z_hat, the generator by x_hat and through z_hat.
 
-        z, and with it the positive pair (x_hat, z), is a constant but for positive_gradient and information_weight:
-        its logits `real` (batch,) are then those of the discriminators' pass.
+        z, and with it the positive pair (x_hat, z), is a constant but for positive_gradient and information_weight.
+        real (batch,): the constant pair's logits, from the discriminators' pass.
         """
         z, z_hat = blurred(z, self.code_noise), blurred(z_hat, self.code_noise)
         fake = self.reconstruction_discriminator(seen, z_hat)

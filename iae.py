@@ -494,7 +494,7 @@ class IAE(nn.Module):
         """What the discriminators descend, for data x and what `forward` made of them: all constants here.
 
         penalty_scale: what the penalties are multiplied by (lazy ones by k in each k-th step, by 0 in the others).
-        Returns the losses and, where a generator's loss needs them, the real sides' logits, both by discriminator.
+        Returns by discriminator the losses, and the real sides' logits (batch,) for `autoencoder_losses`.
         """
         losses, real = {}, {}
         if self.reconstruction_discriminator is not None:
@@ -524,8 +524,9 @@ class IAE(nn.Module):
                            real: dict[str, Tensor]) -> dict[str, Tensor]:
         """What encoder and decoder descend (Eq. 9-10), for data x and what `forward` made, with its gradients.
 
-        real: what `discriminator_losses` returned as its second. "paired" compares with the positive pair's logits,
-        constants that only weigh: those of the discriminators' pass, one step of theirs old, save another.
+        real: the second of what `discriminator_losses` returned; empty will do where the objective is not "paired".
+        That one compares with the positive pair's logits, constants which only weigh the rows: those from before the
+        discriminators' step save a pass.
 
         The reconstruction loss reaches the decoder through x_hat, and the encoder through x_hat and through z_hat,
         but not through the z_hat of the positive pair. The regularization loss reaches the encoder alone, that of

@@ -50,7 +50,7 @@ RECIPES = {
         objective="gan",  # Eq. 1, non-saturating
         penalty=0.0,  # gamma of R1 + R2 on the reconstruction discriminator
         regularization_penalty=0.0,  # and on the regularization discriminator
-        penalty_every=1,  # steps from one with penalties, k times theirs, to the next: lazy ones (Karras et al. 2020)
+        penalty_every=1,  # K: penalties in each K-th step, with K times their gamma; lazy ones (Karras et al. 2020)
         reconstruction_weight=1.0,  # of the reconstruction GAN's loss in what encoder and decoder descend
         regularization_weight=1.0,  # of the regularization GAN's
         regularization_steps=1,  # of the IAE's D(z), for each step of the others
@@ -251,7 +251,7 @@ def update(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor
     #    In the FIAE (x_hat, z) is real, (x_hat, z_hat) fake; x is real, x_hat fake. With --sample-weight the IAE has
     #    a third: x is real, samples are fake.
     with precision:
-        losses, real = model.discriminator_losses(x, *codes_and_images, penalty_scale=penalty_scale)
+        losses, real = model.discriminator_losses(x, *codes_and_images, penalty_scale=penalty_scale)  # real: logits
     if losses:
         run.discriminator_optimizer.zero_grad()
         sum(losses.values()).backward()
