@@ -3695,6 +3695,27 @@ def test_the_further_steps_of_d_of_z_see_the_codes_of_the_batches_before(digits,
         assert torch.equal(seen[3 * step + 1], own[step - 2]) and torch.equal(seen[3 * step + 2], own[step - 1])
 
 
+@pytest.mark.parametrize("options, anew", [
+    ((), {"reconstruction_discriminator"}), (("--recipe", "paper"), set()),
+    (("--sample-weight", 1), {"reconstruction_discriminator", "sample_discriminator"}),
+    (("--model", "fiae"), {"regularization_discriminator"}),
+    (("--model", "fiae", "--prior", "categorical"), {"reconstruction_discriminator"}),
+    (("--model", "infogan", "--noise", 0), {"regularization_discriminator"}),
+    (("--model", "infogan", "--noise", 0, "--prior", "categorical"), set())])
+def test_the_fields_way_computes_the_positive_pairs_anew_where_they_are_needed(options, anew, digits):
+    """Else the benchmark would compare with a step that does too much, or too little; and flipped kinds can be timed."""
+    tiny = [a for a in TINY if options[:2] != ("--model", "infogan") or a not in ("--conditioning", "invariant")]
+    args, _ = train.parse([str(a) for a in ("--dataset", digits, *tiny, "--batch-size", 4, *options)])
+    settings = train.settings_of(args, train.load_dataset(digits, ".", 0, "cpu"))
+    state, found = train.Run({**settings, "precision": "float32"}), set()
+    told = state.model.autoencoder_losses
+    state.model.autoencoder_losses = lambda *parts, real: found.update(real) or told(*parts, real=real)
+    train.field_update(state, torch.rand(4, *state.model.shape))
+    assert found == anew
+    if anew == {"regularization_discriminator"}:  # a penalty on the code, which torch's counter cannot follow
+        assert len(train.benchmark(args, rounds=1, seconds=0.01)) == 4
+
+
 def test_steps_with_and_without_penalties_have_a_graph_each(digits, tiny, monkeypatch):
     """What `train_step` makes of `Captured`, which itself needs a GPU: here it runs the update in place of a graph."""
     state, loaded = a_run(digits, "--penalty-every", 3, "--regularization-penalty", 0.7)
@@ -3762,7 +3783,7 @@ def test_one_pass_of_both_sides_equals_two():
 
 @pytest.mark.parametrize("kind", [IAE, FIAE])
 def test_a_paired_generator_takes_the_real_logits_of_the_discriminators_pass(kind):
-    """They only weigh: with D moved in between, its new logits of the negative and its old ones of the positive pair."""
+    """They only weigh: with D moved in between, new logits of the negative and old ones of the positive pair."""
     torch.manual_seed(0)
     model, x = kind.for_images(MNIST, 4, 3, objective="paired", batch_norm=False), torch.rand(5, *MNIST)
     joint, outputs = model.reconstruction_discriminator, model(x)

@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import InputError, batch_indices, brief, fingerprints, load_dataset, load_picture
 from fiae import FIAE, InfoGAN
-from iae import IAE, layout_of, shift, to_range, to_uint8
+from iae import IAE, blurred, layout_of, shift, to_range, to_uint8
 from metrics import (assignments, draw, draw_local, evaluate, evaluate_clusters, fixed_classifier,
                      variance_map)
 
@@ -100,13 +100,13 @@ RECIPES = {
 # What "stable" changes where --local is 0: all of x must pass through z, so z has more to learn and less to be moved.
 DETERMINISTIC = dict(penalty_every=1, regularization_weight=1.0, rates=(3e-4, 1e-3, 5e-4, 5e-4), decay=0.5)
 # And under a categorical prior: what a cluster is must be said, and D(z) must not win by the corners of the simplex.
-CATEGORICAL = dict(regularization_penalty=0.3, penalty_every=1, regularization_weight=100.0, code_noise=0.3, agreement_weight=1.0,
-                   rates=(1e-3, 1e-3, 2e-4, 2e-3), decay=0.5)
+CATEGORICAL = dict(regularization_penalty=0.3, penalty_every=1, regularization_weight=100.0, code_noise=0.3,
+                   agreement_weight=1.0, rates=(1e-3, 1e-3, 2e-4, 2e-3), decay=0.5)
 # With labels, which hold every cluster in its place, both GANs are better gentle with it (README, "Discrete codes").
 LABELLED = dict(regularization_penalty=1.0, regularization_weight=10.0, reconstruction_weight=0.1)
 # Where the model is flipped, D(x) is a plain GAN's: InfoGAN's settings, and D(x, z) as fast as the recognition network.
-FLIPPED = dict(regularization_penalty=0.0, penalty_every=1, regularization_weight=1.0, beta1=0.5, rates=(1e-3, 1e-3, 1e-3, 2e-4),
-               decay=0.5)
+FLIPPED = dict(regularization_penalty=0.0, penalty_every=1, regularization_weight=1.0, beta1=0.5,
+               rates=(1e-3, 1e-3, 1e-3, 2e-4), decay=0.5)
 FLIPPED_GAUSSIAN = dict(FLIPPED, image_noise=0.2, elastic=0.06, code_penalty=15.0, paired_regularization=True,
                         information_weight=25.0, reconstruction_weight=0.5)
 FLIPPED_CATEGORICAL = dict(FLIPPED, reconstruction_weight=0.3, code_noise=0.3, agreement_weight=1.0, local_scale=0.5)
@@ -1213,11 +1213,16 @@ def field_update(run: Run, x: torch.Tensor) -> None:
         run.discriminator_optimizer.zero_grad()
         sum(losses.values()).backward()
         run.discriminator_optimizer.step()
-    pairs = {"reconstruction_discriminator": (x, outputs[0]), "sample_discriminator": (x,)}
+    pairs = {}  # whose logits are computed anew, where `update` takes those of the discriminators' pass
     if isinstance(model, FIAE):
-        pairs = {"reconstruction_discriminator": (outputs[2], outputs[0]), "regularization_discriminator": (x,)}
-    with torch.no_grad():  # the positive pairs' logits anew, where `update` takes those of the discriminators' pass
-        real = {name: getattr(model, name)(*pairs[name]) for name in real}
+        if model.objective == "paired" and not model.information_weight:
+            pairs["reconstruction_discriminator"] = outputs[2], blurred(outputs[0], model.code_noise)
+        if model.regularization_objective == "paired":
+            pairs["regularization_discriminator"] = (x,)
+    elif model.objective == "paired":
+        pairs = {"reconstruction_discriminator": (x, outputs[0]), "sample_discriminator": (x,)}
+    with torch.no_grad():
+        real = {name: getattr(model, name)(*pairs[name]) for name in real if name in pairs}
     run.autoencoder_optimizer.zero_grad()
     sum(model.autoencoder_losses(x, *outputs, real=real).values()).backward()
     run.autoencoder_optimizer.step()
@@ -1281,7 +1286,8 @@ def benchmark(args: argparse.Namespace, rounds: int = 7, seconds: float | None =
             if turn:
                 times[name].append((time.monotonic() - began) / count)
     run = rows["this project, eager float32"][0]
-    run.model.penalty = run.model.regularization_penalty = 0.0  # torch's counter cannot follow second derivatives
+    for name in ("penalty", "regularization_penalty", "code_penalty"):  # torch's counter follows no second derivatives
+        setattr(run.model, name, 0.0)
     with FlopCounterMode(display=False) as counter:
         update(run, to_range(x[:batch], run.model.shape))
     flop = counter.get_total_flops()
