@@ -3703,7 +3703,7 @@ def test_the_further_steps_of_d_of_z_see_the_codes_of_the_batches_before(digits,
     (("--model", "infogan", "--noise", 0), {"regularization_discriminator"}),
     (("--model", "infogan", "--noise", 0, "--prior", "categorical"), set())])
 def test_the_fields_way_computes_the_positive_pairs_anew_where_they_are_needed(options, anew, digits):
-    """Else the benchmark would compare with a step that does too much, or too little; and flipped kinds can be timed."""
+    """Else the benchmark compares with a step that does too much, or too little; and flipped kinds can be timed."""
     tiny = [a for a in TINY if options[:2] != ("--model", "infogan") or a not in ("--conditioning", "invariant")]
     args, _ = train.parse([str(a) for a in ("--dataset", digits, *tiny, "--batch-size", 4, *options)])
     settings = train.settings_of(args, train.load_dataset(digits, ".", 0, "cpu"))
