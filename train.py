@@ -156,7 +156,8 @@ class Run:
     """What training moves, and so what a checkpoint holds: the two players, their optimizers, the average, the step."""
 
     def __init__(self, settings: dict):
-        self.settings, self.step, self.seconds, self.captured = settings, 0, 0.0, {}
+        self.settings, self.step, self.seconds = settings, 0, 0.0
+        self.captured = {}  # by penalty_scale
         self.judged, self.warned = [], set()  # of `warn_of_dead_discriminator`, `warn`
         self.device = torch.device(settings["device"])
         torch.manual_seed(settings["seed"])
@@ -187,6 +188,12 @@ class Run:
         self.autoencoder_optimizer, self.discriminator_optimizer = adam(groups[:2]), adam(groups[2:])
         size = recent_size(settings, self.model)
         self.recent = self.model.sample_codes(*size) if size else None
+
+    @property
+    def penalty_scale(self) -> int:
+        """What this step multiplies the penalties by: K in each K-th step of --penalty-every K, else 0."""
+        every = self.settings["penalty_every"]
+        return every if self.step % every == 0 else 0
 
     def state_dict(self) -> dict:
         """Tensors and plain Python only, which `torch.load(weights_only=True)` reads without running code."""
@@ -239,8 +246,7 @@ def update(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor
     labelled: (images, labels) for the cross-entropy of semi-supervised learning (Section 2.1.2), or None.
     Returns the losses as tensors on the device (reading them is what would wait for it).
     """
-    model, every = run.model, run.settings["penalty_every"]
-    penalty_scale = every if run.step % every == 0 else 0
+    model = run.model
     precision = torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings["precision"] == "bf16")
     with precision:
         # IAE: z_hat ~ q(z|x), x_hat ~ p(x|z_hat). FIAE: z ~ p(z), x_hat ~ p(x|z), z_hat ~ q(z|x_hat).
@@ -251,7 +257,7 @@ def update(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor
     #    In the FIAE (x_hat, z) is real, (x_hat, z_hat) fake; x is real, x_hat fake. With --sample-weight the IAE has
     #    a third: x is real, samples are fake.
     with precision:
-        losses, real = model.discriminator_losses(x, *codes_and_images, penalty_scale=penalty_scale)  # real: logits
+        losses, real = model.discriminator_losses(x, *codes_and_images, penalty_scale=run.penalty_scale)
     if losses:
         run.discriminator_optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -259,7 +265,7 @@ def update(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor
     if run.recent is not None:  # D(z) is cheap and must see every hole that q(z) leaves in p(z): it gets further steps
         for z_hat in run.recent:  # (batch, global), the codes of an earlier batch
             with precision:
-                loss = model.regularization_discriminator_loss(z_hat, penalty_scale)
+                loss = model.regularization_discriminator_loss(z_hat, run.penalty_scale)
             run.discriminator_optimizer.zero_grad()
             loss.backward()
             run.discriminator_optimizer.step()
@@ -290,10 +296,9 @@ def train_step(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Te
             group["lr"] = falling * group["rate"]
     if isinstance(run.model, FIAE):
         run.model.progress.fill_(1 - left)
-    penalized = run.step % settings["penalty_every"] == 0
-    if settings["capture"] and penalized not in run.captured:
-        run.captured[penalized] = Captured(run, x, labelled)
-    losses = run.captured[penalized](x, labelled) if settings["capture"] else update(run, x, labelled)
+    if settings["capture"] and run.penalty_scale not in run.captured:
+        run.captured[run.penalty_scale] = Captured(run, x, labelled)
+    losses = run.captured[run.penalty_scale](x, labelled) if settings["capture"] else update(run, x, labelled)
     run.step += 1
     decay = min(settings["averaging"], run.step / (run.step + 10))  # short at first: forgets the first weights
     get_ema_multi_avg_fn(decay)(list(run.averaged.parameters()), run.autoencoder, run.step)
