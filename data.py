@@ -608,10 +608,16 @@ def load_picture(path: str, shape: tuple[int, int, int]) -> Tensor:
 
 
 def with_test_part(images: Images, path: Path) -> tuple[Images, Images]:
-    """(train, test): a tenth, at least two images, is the test part. InputError where there are fewer than four."""
+    """(train, test): a tenth, at least two images, is the test part. InputError where there are fewer than four.
+
+    Both are shuffled: what looks at the first images (BatchNorm's statistics, pictures) then sees every class where a
+    folder or a file has one after another.
+    """
     if len(images.x) < 4:
         raise InputError(f"{path}: N = {len(images.x)}; at least 4 images are needed, to train on and to test on")
-    return split(images, max(2, len(images.x) // 10))
+    order = torch.randperm(len(images.x), generator=torch.Generator().manual_seed(SPLIT_SEED)).numpy()
+    count = max(2, len(images.x) // 10)
+    return take(images, order[count:]), take(images, order[:count])
 
 
 # ------------------------------------------------------------------------------------------------------------- readers

@@ -336,6 +336,7 @@ def discriminate(discriminator: nn.Module, real: tuple, fake: tuple, objective: 
 
     real, fake: tuples of the discriminator's inputs, (..., batch, *features) or None: constants here.
     code_penalty: of (code_penalty / 2) E |dD/dz|^2, R1 on the real pair's last input alone, the code z.
+    Gradients are of the batch's summed logits: behind BatchNorm, which mixes the rows, not quite each row's own.
     together: both sides in one pass, which is quicker; for codes (..., batch, size), and where no side's batch
     statistics matter. Returns the loss and the real side's logits (..., batch), without gradient.
     """
@@ -365,6 +366,11 @@ class IAE(nn.Module):
     GAN by the Euclidean cost (with regularization: the AAE); regularization_discriminator None drops KL(q(z) || p(z)).
     sample_discriminator, not in the paper, is a third GAN's D(x): data are real, samples g(z, n) of z ~ p(z) fake; its
     sample_weight, of its loss in what the decoder descends, must be above 0 then (ValueError).
+
+    prior of z: "gaussian", N(0, I), or "categorical", one-hot; objective: of both GANs, see `discriminator_loss` (D(z),
+    whose sides share no rows, has Eq. 1 where it is "paired"). penalty, regularization_penalty (None: the same): gamma
+    of R1 + R2 on D(x, z), D(z). reconstruction_weight, regularization_weight: of the losses that encoder and decoder
+    descend. positive_gradient: those reach the encoder through the positive pair too (footnote 1).
 
     Section 2's cases: 1 local_size 0 without regularization, 2 local_size 0, 3 without regularization, 4 as it is.
     Not in the paper: code_penalty of D(x, z)'s gradient by the code (`discriminate`); for a Gaussian z
@@ -526,11 +532,12 @@ class IAE(nn.Module):
 
         real: the second of what `discriminator_losses` returned; empty will do where the objective is not "paired".
         That one compares with the positive pair's logits, constants which only weigh the rows: those from before the
-        discriminators' step save a pass.
+        discriminators' step save a pass. With positive_gradient D(x, z)'s are computed anew, with their gradient.
 
         The reconstruction loss reaches the decoder through x_hat, and the encoder through x_hat and through z_hat,
-        but not through the z_hat of the positive pair. The regularization loss reaches the encoder alone, that of
-        samples the decoder, and the encoder only through the batch statistics that samples share with x_hat.
+        but through the z_hat of the positive pair with positive_gradient alone. The regularization loss reaches the
+        encoder alone, that of samples the decoder, and the encoder only through the batch statistics that samples
+        share with x_hat.
         """
         losses = {}
         if self.reconstruction_discriminator is None:  # -log p(x|z) of a unit Gaussian, as in the AAE

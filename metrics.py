@@ -195,9 +195,8 @@ def mmd_test(a: Tensor, b: Tensor, permutations: int = 100, bandwidths: tuple = 
     if len(a) != len(b) or len(a) < 2:
         raise ValueError(f"two samples of {len(a)} and {len(b)} rows: the counts must agree and be at least 2")
     count, pooled = len(a), torch.cat([a, b]).float()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        orders = [torch.arange(2 * count)] + [torch.randperm(2 * count) for _ in range(permutations)]
+    own = torch.Generator().manual_seed(0)  # leaves the global ones, a GPU's too, as they are
+    orders = [torch.arange(2 * count)] + [torch.randperm(2 * count, generator=own) for _ in range(permutations)]
     first = torch.stack([(order < count) for order in orders], 1).float().to(a.device)  # (2 count, 1 + permutations)
     scales = [1 / (2 * h * h * max(1, pooled.shape[1]) / 2) for h in bandwidths]
     within, total = torch.zeros(2, first.shape[1], dtype=torch.double, device=a.device), 0.0

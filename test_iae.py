@@ -1037,6 +1037,16 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(digits, tmp_path, monk
     assert not torch.equal(other, train.read_checkpoint(str(tmp_path / "other"))["model"]["decoder.fc.0.weight"])
 
 
+def test_a_resumed_run_goes_on_judging_where_it_was(digits, tmp_path, tiny, monkeypatch):
+    run("--dataset", digits, *TINY, "--steps", 60, "--out", tmp_path / "run")
+    logged = [json.loads(line)["reconstruction_discriminator"] for line in open(tmp_path / "run" / "metrics.jsonl")]
+    monkeypatch.setattr(train, "JUDGED_STEPS", 40)
+    args, given = train.parse(["--resume", str(tmp_path / "run"), "--steps", "80"])
+    state = train.resume(args, given)[0]
+    state.lock.close()
+    assert state.judged == logged[:2] and len(logged) == 3
+
+
 def relabelled(digits, labels, tmp_path, *options):
     """Settings and data of a three-step run on the images of `digits` with these labels."""
     with np.load(digits) as arrays:
@@ -1159,6 +1169,25 @@ def test_a_disk_without_locks_and_other_test_images(digits, tmp_path, monkeypatc
     np.savez(mine, x=x, y=y)
     run("--resume", out, "--steps", 2, expect=2)
     assert "not the images that the run was started with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", (2, 501, 1003))
+def test_statistics_weigh_every_image_alike_whatever_their_count(count, digits, tiny):
+    """A last part of one image, of 501, would be an error in BatchNorm, one of three weigh as much as 500."""
+    state, loaded = a_run(digits)
+    parts = []
+    state.averaged.encoder.register_forward_hook(lambda module, inputs, z: parts.append(len(z)))
+    train.refresh_average(state, loaded["train"].x.repeat(20, 1, 1, 1)[:count])
+    assert sum(parts) == count and max(parts) - min(parts) <= 1 and max(parts) <= 500
+
+
+def test_a_gpu_that_is_named_is_the_current_one(monkeypatch):
+    """Graphs are recorded on the current device, and its random state is what a checkpoint holds."""
+    chosen = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert train.pick_device("cuda:1") == torch.device("cuda:1") and chosen == [torch.device("cuda:1")]
+    assert train.pick_device("cpu") == torch.device("cpu") and len(chosen) == 1
 
 
 def test_two_runs_into_one_folder_are_refused(digits, tmp_path, capsys):
@@ -3365,6 +3394,14 @@ def test_seeds_are_independent():
     assert any(not torch.equal(first[0], second[0]) for first, second in zip(*grads))
 
 
+def test_mmd_leaves_the_random_state_of_all_devices_alone(monkeypatch):
+    """torch.manual_seed would start a GPU's noise again in the middle of `evaluate`."""
+    monkeypatch.setattr(torch, "manual_seed", None)
+    before = torch.get_rng_state()
+    metrics.mmd_test(torch.zeros(4, 2), torch.ones(4, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_mmd_against_plain_sums():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(60, 2, generator=generator), torch.randn(60, 2, generator=generator) + 0.5
@@ -4110,6 +4147,17 @@ def test_without_mean_colour_only_places_vary(monkeypatch):
 def test_held_out_images_are_those_of_the_committed_numbers():
     images = data.Images(torch.arange(100, dtype=torch.uint8)[:, None, None, None], torch.arange(100))
     assert data.split(images, 5)[1].y.tolist() == [7, 27, 47, 66, 75]
+
+
+def test_own_images_that_come_class_by_class_are_shuffled(tmp_path):
+    """What reads the first images, as BatchNorm's statistics do, would else see one class."""
+    y = np.arange(1000) // 250
+    np.savez(tmp_path / "x.npz", x=np.broadcast_to(y.astype(np.uint8)[:, None, None], (1000, 8, 8)), y=y)
+    first, again = (data.load_dataset(str(tmp_path / "x.npz")) for _ in range(2))
+    for part in ("train", "test"):
+        assert (first[part].x[:, 0, 0, 0] == first[part].y).all() and torch.equal(first[part].y, again[part].y)
+        assert (torch.bincount(first[part].y[:60], minlength=4) > 5).all()
+    assert sorted(torch.cat([first["train"].y, first["test"].y]).tolist()) == y.tolist()
 
 
 def test_labels_of_a_folder_count_its_sorted_sub_folders(tmp_path):

@@ -340,7 +340,8 @@ def refresh_average(run: Run, x: torch.Tensor) -> IAE | FIAE:
     """The averaged model, ready for use: its BatchNorm statistics are measured anew on uint8 images x of the data."""
     with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
         torch.manual_seed(0)
-        update_bn((to_range(part, run.averaged.shape) for part in x[:4000].split(500)), run.averaged)
+        parts = x[:4000].tensor_split(math.ceil(len(x[:4000]) / 500))  # of equal sizes: each weighs the same
+        update_bn((to_range(part, run.averaged.shape) for part in parts), run.averaged)
         run.averaged.eval()
         if run.settings["model"] == "iae" and run.averaged.fitted_prior and run.averaged.global_size:
             with torch.no_grad():
@@ -1017,6 +1018,8 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: not there; use auto, cpu or, with a GPU and a CUDA build, cuda") from None
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name}: use auto, cpu or cuda")
+    if device.index is not None:
+        torch.cuda.set_device(device)  # a graph is recorded, and random state read, on the current one
     return device
 
 
@@ -1159,6 +1162,8 @@ def resume(args: argparse.Namespace, given: set) -> tuple[Run, dict, str]:
         try:
             with open(lines) as file:
                 kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= run.step]
+            for line in kept[: JUDGED_STEPS // 20]:
+                warn_of_dead_discriminator(run, json.loads(line))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{lines}: not a log of train.py ({brief(error)}); mend or remove it") from None
 
