@@ -491,7 +491,7 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
             return numbers
 
         real, fake = classifier.features(x), classifier.features(samples)
-        features_train = classifier.features(to_range(x_train, shape))
+        features_train = classifier.features(to_range(x_train[: len(x)], shape))  # the floor: as many as samples
         numbers["frechet_floor"] = frechet_distance(features_train, real)
         numbers["frechet_samples"] = frechet_distance(fake, real)
         numbers["density"], numbers["coverage"] = density_coverage(real, fake)

@@ -4050,6 +4050,8 @@ def test_evaluate_compares_what_the_legend_says(monkeypatch):
     (z, labels, z_test, labels_test), = probed
     assert [level(z), level(z_test)] == [0.1, 0.2] and len(z) == len(z_test) == len(labels) == 30
     assert torch.equal(labels_test, y_test[:30])
+    whole = metrics.evaluate(Levels(), (x, y), (x_test, y_test), judge, count=50)
+    assert whole["coverage"] == whole["coverage_floor"] == 40  # samples, and training images: as many as test images
 
 
 class Clusters:
