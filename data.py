@@ -137,9 +137,9 @@ def load_dataset(name: str, data_dir="data", validation: int = 0, device="cpu", 
             else:
                 raise InputError(f"unknown dataset {name!r}: use mnist, svhn, celeba, or the path of an .npz file or "
                                  "a folder of pictures")
-            if not 0 <= validation < len(train.x):
+            if not 0 <= validation <= max(0, len(train.x) - 2):
                 count = len(train.x)
-                raise InputError(f"validation {validation}: use 0 to {count - 1} of the {count} training images")
+                raise InputError(f"validation {validation}: use 0 to {count - 2} of the {count} training images")
             train, held_out = split(train, validation)
     except MemoryError:
         raise InputError(f"{name}: too little memory for its images; use fewer or smaller ones") from None

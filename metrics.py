@@ -517,12 +517,14 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
             return numbers
 
         on_reconstructions = classifier.last(features).argmax(1)
-        matrix = confusions(on_reconstructions, y, max(len(shares), int(y.max()) + 1))
-        numbers["labels_kept"] = (matrix.trace() / matrix.sum()).item()
+        numbers["labels_kept"] = (on_reconstructions == y).double().mean().item()
         numbers["predictions_kept"] = (on_reconstructions == on_data).double().mean().item()
-        numbers["confusion_matrix"] = matrix.tolist()
-        if shape == (1, 28, 28) and len(shares) == 10:
-            numbers["confusions_similar"], numbers["confusions_similar_chance"] = similar_share(matrix)
+        classes = max(len(shares), int(y.max()) + 1)
+        if classes <= 100:  # more would be a large file, not a table
+            matrix = confusions(on_reconstructions, y, classes)
+            numbers["confusion_matrix"] = matrix.tolist()
+            if shape == (1, 28, 28) and classes == 10:
+                numbers["confusions_similar"], numbers["confusions_similar_chance"] = similar_share(matrix)
         rows = torch.randperm(len(train[0]))[:count].to(device)
         y_train, (z_train, seen) = train[1][rows].long(), draw(model, train[0][rows])
         numbers["labels_kept_training"] = (classifier(seen[0]).argmax(1) == y_train).double().mean().item()
@@ -530,6 +532,12 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
         if model.prior == "gaussian":
             numbers |= borders(model, z, z_train, y_train, classifier)
     return numbers
+
+
+def run_name(path: str) -> str:
+    """What a column of `table` is called: the file, or the folder of a final.json or sweep.json."""
+    stem = os.path.splitext(os.path.basename(path))[0]
+    return os.path.basename(os.path.dirname(os.path.abspath(path))) if stem in ("final", "sweep") else stem
 
 
 def table(paths: list[str]) -> str:
@@ -542,7 +550,7 @@ def table(paths: list[str]) -> str:
                 finals[path] = json.load(file)
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read ({brief(error)}); name a run's final.json") from None
-        if not isinstance(finals[path], dict) or not {"settings", "steps", "metrics"} <= set(finals[path]):
+        if not isinstance(finals[path], dict) or not {"settings", "steps", "seconds", "metrics"} <= set(finals[path]):
             raise InputError(f"{path}: not the numbers of a run; name a run's final.json or a sweep's sweep.json")
 
     def row(title, cell):
@@ -565,7 +573,7 @@ def table(paths: list[str]) -> str:
         seconds = final["seconds"] if isinstance(final["seconds"], list) else [final["seconds"]]
         return f"{sum(seconds) / len(seconds) / 60:.0f}"
 
-    names = [f"[{os.path.splitext(os.path.basename(path))[0]}]({path})" for path in finals]
+    names = [f"[{run_name(path)}]({path})" for path in finals]
     return "\n".join([
         " | ".join(["| ", *names]) + " |", "|---" * (len(names) + 1) + "|",
         *number("error of q(z given x) as a classifier, %", "error", 100, 2),
@@ -609,7 +617,8 @@ def table(paths: list[str]) -> str:
         *number("density", "density", 1, 2), *number("coverage", "coverage", 1, 2),
         *number("squared MMD of q(z) to p(z)", "code_mmd", 1, 5), *number("its floor", "code_floor", 1, 5),
         *number("its p", "code_p", 1, 2),
-        *row("seed", lambda final: " ".join(map(str, final.get("seeds", [final["settings"]["seed"]])))),
+        *row("measured on", lambda final: "held-out images" if final.get("evaluated_on") == "validation" else "-"),
+        *row("seed", lambda final: " ".join(map(str, final.get("seeds", [final["settings"].get("seed")])))),
         *row("steps", lambda final: str(final["steps"])), *row("minutes", minutes)])
 
 

@@ -967,6 +967,16 @@ def test_no_layout_is_one_line_for_benchmark_and_run(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_column_is_named_after_its_run(tmp_path):
+    final = {"settings": {}, "steps": 1, "seconds": 60.0, "metrics": {}}
+    for name, more in (("one", {}), ("two", {"evaluated_on": "validation"})):
+        put(tmp_path / name, {"final.json": json.dumps(final | more).encode()})
+    put(tmp_path, {"three.json": json.dumps(final).encode()})
+    shown = metrics.table([str(tmp_path / name) for name in ("one/final.json", "two/final.json", "three.json")])
+    assert re.findall(r"\[(\w+)\]\(", shown) == ["one", "two", "three"]
+    assert "| measured on | - | held-out images | - |" in shown and "| minutes | 1 | 1 | 1 |" in shown
+
+
 def test_a_table_of_other_files_is_one_line(tmp_path):
     (tmp_path / "toy.json").write_text('{"numbers": 1}')
     for name, reason in (("none.json", "cannot be read"), ("toy.json", "not the numbers of a run")):
@@ -1134,11 +1144,47 @@ def test_a_sweep_goes_on_where_it_was_cut_off(digits, tmp_path, monkeypatch, cap
     assert len(steps) == 4 and json.loads((out / "sweep.json").read_text())["steps"] == 4
     capsys.readouterr()
     run(*command, "--seeds", 0, 1, expect=2)  # of four steps and of two
-    assert "its runs have 2 and 4 steps; give --steps 4" in capsys.readouterr().err
+    assert "it has 4 steps already; give --steps of that or more" in capsys.readouterr().err
     run(*command, "--seeds", 0, 2**31, expect=2)
     assert "--seeds: from 0 to 2147483647" in capsys.readouterr().err
     run(*command, "--seeds", 0, 1, "--noise", 1, expect=2)
     assert "--noise 1: the run was made with 0" in capsys.readouterr().err
+
+    other = ("--out", tmp_path / "other")
+    run(*command, *other, "--seeds", 0, "--euclidean")
+    capsys.readouterr()
+    run(*command, *other, "--seeds", 0, 1, expect=2)
+    assert "euclidean is False, but True in" in capsys.readouterr().err and not (tmp_path / "other" / "seed-1").exists()
+    run(*command, "--seeds", 2, "--out", tmp_path / "alone", "--noise", 1)
+    shutil.move(tmp_path / "alone" / "seed-2", tmp_path / "other" / "seed-2")
+    capsys.readouterr()
+    run(*command, *other, "--seeds", 0, 2, "--euclidean", expect=2)
+    assert "--euclidean True: the run was made with False" in capsys.readouterr().err
+    shutil.move(tmp_path / "other", tmp_path / "moved")
+    run(*command, "--out", tmp_path / "moved", "--seeds", 0, 1, "--euclidean")  # goes on where it now lies
+    assert json.loads((tmp_path / "moved" / "sweep.json").read_text())["evaluated_on"] == "test"
+
+
+def test_own_images_may_move_but_not_hold_their_runs(digits, tmp_path, monkeypatch, capsys):
+    shutil.copy(digits, tmp_path / "first.npz")
+    run("--dataset", tmp_path / "first.npz", *COMMON, "--global", 0, "--steps", 2, "--out", tmp_path / "run",
+        "--data-dir", pathlib.Path(digits).parent)
+    os.rename(tmp_path / "first.npz", tmp_path / "second.npz")
+    run("--resume", tmp_path / "run", "--steps", 3, expect=2)
+    run("--resume", tmp_path / "run", "--steps", 1, "--dataset", tmp_path / "second.npz", expect=2)
+    assert "it has 2 steps already" in last_line(capsys)
+    run("--resume", tmp_path / "run", "--steps", 3, "--dataset", tmp_path / "second.npz")
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["dataset"] == str(tmp_path / "second.npz") and settings["steps"] == 3
+
+    (tmp_path / "pictures").mkdir()
+    monkeypatch.chdir(tmp_path / "pictures")
+    for i in range(8):
+        Image.fromarray(np.full((16, 16, 3), 30 * i, np.uint8)).save(f"{i}.png")
+    small = ("--dataset", ".", "--global", 2, "--local", 2, "--batch-size", 4, "--steps", 1)
+    run(*small, expect=2)
+    assert "pictures-2-2-0 lies among the pictures" in last_line(capsys) and not os.path.exists("runs")
+    run(*small, "--out", tmp_path / "outside")
 
 
 def test_rates_fall_and_the_average_is_of_the_weights(digits, tiny):
@@ -1718,15 +1764,16 @@ def test_a_collapsed_code_is_named_once(kind, options, digits, tiny, capsys):
     state, loaded = a_run(digits, *options)
     state.step, x = train.JUDGED_STEPS, loaded["train"].x
     model = train.refresh_average(state, x)
-    train.warn_of_collapse(state, model, x)
+    for few in (x, x[:2]) if kind == "code" else (x,):  # two images may share a cluster
+        train.warn_of_collapse(state, model, few)
     assert capsys.readouterr().err == ""
     if kind == "cluster":
         model.encoder.head[-1].bias.data[3] = 1e6
     else:
         decoder = model.generator if isinstance(model, FIAE) else model.decoder
         decoder.fc[0].weight.data[:, : model.global_size] = 0
-    for _ in range(2):
-        train.warn_of_collapse(state, model, x)
+    for few in (x, x[:2]):
+        train.warn_of_collapse(state, model, few)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and {"cluster": "holds 100%", "code": "ignored"}[kind] in said[0] and "try" in said[0]
 
@@ -1790,6 +1837,10 @@ def test_many_steps_take_no_more_memory_or_time_a_step(digits, tmp_path, tiny, m
     (("--labels", 7, "--prior", "categorical"), "--labels 7"), (("--seeds", 1, 2), "--out"),
     (("--prior", "categorical", "--global", 1), "one cluster"), (("--validation", 1), "--validation 1"),
     (("--model", "fiae", "--euclidean"), "--euclidean"), (("--model", "infogan", "--noise", 3), "--noise"),
+    (("--model", "infogan", "--information-weight", 2), "--information-weight"),
+    (("--labels", 1, "--prior", "categorical"), "--labels 1"), (("--epochs", 1e308), "--epochs"),
+    (("--validation", 269), "use 0 to 268"), (("--benchmark", "--seeds", 1, 2, "--out", "x"), "--benchmark"),
+    (("--from", "x", "--sample", 3, "--reconstruct", "y.png"), "--from RUN"),
     (("--global", 0, "--euclidean"), "--euclidean"), (("--dataset", "missing.npz"), "missing.npz")])
 def test_bad_input_is_one_line_and_status_2(argv, says, digits, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1797,6 +1848,22 @@ def test_bad_input_is_one_line_and_status_2(argv, says, digits, tmp_path, capsys
     lines = capsys.readouterr().err.strip().splitlines()
     assert "error:" in lines[-1] and says in lines[-1] and "Traceback" not in "".join(lines)
     assert not any("error" in line for line in lines[:-1])
+
+
+def test_too_little_memory_is_one_line_and_other_errors_are_not(digits, tmp_path, monkeypatch, capsys):
+    for error, said in ((RuntimeError("DefaultCPUAllocator: can't allocate memory"), True), (MemoryError(), True),
+                        (torch.OutOfMemoryError("CUDA"), True), (RuntimeError("a defect"), False)):
+        monkeypatch.setattr(train, "train_step", functools.partial(throw, error))
+        command = ("--dataset", digits, *COMMON, "--steps", 1, "--out", tmp_path / f"run-{type(error).__name__}-{said}")
+        if said:
+            run(*command, expect=2)
+            assert "too little memory" in last_line(capsys)
+        else:
+            pytest.raises(RuntimeError, run, *command).match("a defect")
+
+
+def throw(error, *_):
+    raise error
 
 
 def test_images_that_no_layout_fits(tmp_path, capsys):
@@ -4072,6 +4139,9 @@ def test_evaluate_compares_what_the_legend_says(monkeypatch):
     (z, labels, z_test, labels_test), = probed
     assert [level(z), level(z_test)] == [0.1, 0.2] and len(z) == len(z_test) == len(labels) == 30
     assert torch.equal(labels_test, y_test[:30])
+    assert np.trace(found["confusion_matrix"]) / 30 == pytest.approx(found["labels_kept"])
+    many = metrics.evaluate(Levels(), (x, y + 98), (x_test, y_test + 98), judge, count=30)
+    assert "confusion_matrix" not in many and many["labels_kept"] == 0  # not a table any more
     whole = metrics.evaluate(Levels(), (x, y), (x_test, y_test), judge, count=50)
     assert whole["coverage"] == whole["coverage_floor"] == 40  # samples, and training images: as many as test images
 

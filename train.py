@@ -471,14 +471,14 @@ def warn_of_collapse(run: Run, model: IAE | FIAE, x: torch.Tensor) -> None:
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.manual_seed(0)
         x = to_range(x[:500], model.shape)
-        z, order = model.encode(x), torch.randperm(len(x)).to(x.device)
+        z = model.encode(x)[torch.randperm(len(x)).to(x.device)]
         share = torch.bincount(z.argmax(1)).max().item() / len(z)
         if model.prior == "categorical" and model.global_size > 1 and share > 0.9:
             warn(run, "cluster", f"one of {model.global_size} clusters holds {share:.0%} of the images; try a higher "
                                  "--regularization-weight, a lower first of --rates, or another --seed")
             return
         n = torch.randn(len(x), model.local_size, device=x.device) if model.local_size else None
-        moved = (model.decode(z, n) - model.decode(z[order], n)).square().mean()
+        moved = (model.decode(z, n) - model.decode(z.roll(1, 0), n)).square().mean()
     # Independent images would differ by twice their variance.
     if moved < 0.01 * 2 * x.var(0).mean():
         warn(run, "code", "the code is ignored: with another image's z and the same n nearly the same comes out; try a "
@@ -653,9 +653,13 @@ def new_folder(run: Run) -> str:
     settings = run.settings
     path = settings["out"]
     if not path:
-        name = os.path.splitext(os.path.basename(os.path.normpath(settings["dataset"])))[0]
+        name = os.path.splitext(os.path.basename(os.path.abspath(settings["dataset"])))[0]
         stem = os.path.join("runs", f"{name}-{settings['global']}-{settings['local']}")
         path = next(f"{stem}-{i}" for i in range(10**6) if not os.path.exists(f"{stem}-{i}"))
+    inside, pictures = os.path.realpath(path), os.path.realpath(settings["dataset"])
+    if os.path.isdir(pictures) and inside.startswith(os.path.join(pictures, "")):
+        raise InputError(f"{path} lies among the pictures of {settings['dataset']}, where figures would become some "
+                         "more; choose an --out outside")
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
@@ -934,7 +938,7 @@ def recipe_flags(add_argument: Callable) -> None:
         help="likewise, of ripples, in half sides; in the IAE of clusters, of deformed images")
     add("--agreement-weight", type=float, metavar="WEIGHT", help="of agreement on deformed images (categorical)")
     add("--local-scale", type=float, metavar="FACTOR", help="of the decoder's initial weights of n")
-    add("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help="in the reconstruction discriminator")
+    add("--batch-norm", action=argparse.BooleanOptionalAction, default=None, help="in the discriminators of images")
     add("--rates", type=float, nargs=4, metavar=("F", "G", "DX", "DZ"),
         help="learning rates of encoder, decoder, reconstruction and regularization discriminator")
     add("--beta1", type=float, help="of Adam")
@@ -956,8 +960,12 @@ def check(error, args: argparse.Namespace) -> None:
         error("--global 1 --prior categorical: one cluster says nothing; give 2 or more")
     if args.model != "iae" and (args.euclidean or args.no_regularization or args.labels or sizes["global"] == 0):
         error(f"--model {args.model}: --global 0, --euclidean, --no-regularization and --labels are the IAE's")
-    if args.model == "infogan" and (args.noise or args.conditioning or args.positive_gradient):
-        error("--model infogan has no D(x, z) and no eps: drop --noise, --conditioning and --positive-gradient")
+    if args.model == "infogan" and (args.noise or args.conditioning or args.positive_gradient or args.code_penalty
+                                    or args.information_weight):
+        error("--model infogan has no D(x, z) and no eps: drop --noise, --conditioning, --positive-gradient, "
+              "--code-penalty and --information-weight")
+    if args.labels == 1:
+        error("--labels 1: BatchNorm needs at least 2 images")
     if args.labels and args.prior != "categorical":
         error("--labels: the clusters are the classes; add --prior categorical")
     if args.seeds and (not all(0 <= seed < 2**31 for seed in args.seeds) or len(set(args.seeds)) < len(args.seeds)):
@@ -965,8 +973,8 @@ def check(error, args: argparse.Namespace) -> None:
     if args.seeds and (args.resume or not args.out):
         error("--seeds: name the folder of the sweep by --out; to go on, give the same command again")
     for name in ("batch_size", "steps", "epochs", "sample"):
-        if sizes[name] is not None and not 0 < sizes[name] < float("inf"):
-            error(f"--{name.replace('_', '-')} {sizes[name]}: must be more than 0")
+        if sizes[name] is not None and not 0 < sizes[name] < 2**31:
+            error(f"--{name.replace('_', '-')} {sizes[name]}: must be more than 0, and less than {2**31}")
     for name in ("regularization_steps", "penalty_every"):
         if sizes[name] is not None and sizes[name] < 1:
             error(f"--{name.replace('_', '-')} {sizes[name]}: must be 1 or more")
@@ -1003,8 +1011,10 @@ def check(error, args: argparse.Namespace) -> None:
         error("--batch-size 1: BatchNorm needs at least 2 images")
     if (args.sample or args.reconstruct) and not sizes["from"]:
         error("--sample and --reconstruct need a trained model: name it by --from RUN")
-    if sizes["from"] and not (args.sample or args.reconstruct):
+    if sizes["from"] and bool(args.sample) == bool(args.reconstruct):
         error("--from RUN: say what to make with it, --sample COUNT or --reconstruct PICTURE")
+    if args.benchmark and (args.resume or args.seeds or args.init):
+        error("--benchmark trains a new model for some steps: drop --resume, --seeds and --init")
 
 
 def pick_device(name: str) -> torch.device:
@@ -1108,11 +1118,12 @@ def take_weights(run: Run, path: str) -> None:
                          "--noise, --conditioning and --batch-norm") from None
 
 
-def start(args: argparse.Namespace) -> tuple[Run, dict, str]:
-    """A new run, its data and its folder."""
+def start(args: argparse.Namespace, first: dict | None) -> tuple[Run, dict, str]:
+    """A new run, its data and its folder; `first` has the settings of a sweep's first run."""
     data = load_dataset(args.dataset, args.data_dir, args.validation, pick_device(args.device), args.extra,
                         args.image_size)
     settings = settings_of(args, data)
+    refuse_unlike(settings, first)
     run = Run(settings)
     if args.init:
         take_weights(run, args.init)
@@ -1122,14 +1133,24 @@ def start(args: argparse.Namespace) -> tuple[Run, dict, str]:
 
 def refuse_changes(args: argparse.Namespace, given: set, settings: dict) -> None:
     """InputError where the command line gives a setting another value than the run was made with."""
-    for name in sorted(given - {"resume", "epochs", "steps", "device", "data_dir", "seeds", "capture"}):
+    for name in sorted(given - {"resume", "epochs", "steps", "device", "data_dir", "dataset", "seeds", "capture"}):
         old = not settings["regularization"] if name == "no_regularization" else settings.get(name)
         if vars(args)[name] != old and (name, vars(args)[name]) != ("precision", "auto"):
             raise InputError(f"--{name.replace('_', '-')} {vars(args)[name]}: the run was made with {old}; "
-                             "only --epochs, --steps, --device and --data-dir may change at a resume")
+                             "only --epochs, --steps, --device, --data-dir and where --dataset lies may change at a "
+                             "resume")
 
 
-def resume(args: argparse.Namespace, given: set) -> tuple[Run, dict, str]:
+def refuse_unlike(settings: dict, first: dict | None) -> None:
+    """InputError where a run of a sweep differs from its first one in more than the seed and where it is made."""
+    own = {"seed", "label_seed", "labelled_rows", "out", "device", "data_dir", "dataset", "capture", "epochs"}
+    for name in sorted(first.keys() - own if first else ()):
+        if settings.get(name) != first[name]:
+            raise InputError(f"{settings['out']}: {name} is {settings.get(name)}, but {first[name]} in {first['out']}; "
+                             "give the command that the sweep began with, or another --out")
+
+
+def resume(args: argparse.Namespace, given: set, first: dict | None = None) -> tuple[Run, dict, str]:
     """The run of --resume, its data and its folder; the settings that may not change are compared."""
     path = checkpoint_file(args.resume)
     folder = os.path.dirname(path) or os.curdir
@@ -1137,8 +1158,7 @@ def resume(args: argparse.Namespace, given: set) -> tuple[Run, dict, str]:
     state = read_checkpoint(path)
     settings = state["settings"]
     refuse_changes(args, given, settings)
-    if "data_dir" in given:
-        settings["data_dir"] = args.data_dir
+    settings |= {name: vars(args)[name] for name in ("data_dir", "dataset", "epochs") if name in given}
     if "device" in given or settings["device"] != "cpu":
         settings["device"] = str(pick_device(args.device))
     settings["capture"] = args.capture and settings["device"].startswith("cuda")
@@ -1148,9 +1168,13 @@ def resume(args: argparse.Namespace, given: set) -> tuple[Run, dict, str]:
     facts = fingerprints(data)
     same = list(x.shape[1:]) == settings["shape"] and facts == {**facts, **settings["data"]}
     if not same or rows and (y is None or min(rows) < 0 or max(rows) >= len(x) or y[rows].max() >= settings["global"]):
-        raise InputError(f"{settings['dataset']}: not the images that the run was started with; bring those back")
+        raise InputError(f"{settings['dataset']}: not the images that the run was started with, or not in the same "
+                         "order; bring those back")
     if "steps" in given or "epochs" in given:
         settings["steps"] = steps_of(args, len(x), settings["batch_size"])
+    if settings["steps"] < state["step"]:
+        raise InputError(f"{path}: it has {state['step']} steps already; give --steps of that or more")
+    refuse_unlike(settings, first)
     run = Run(settings)
     try:
         run.load_state_dict(state)
@@ -1179,17 +1203,19 @@ def resume(args: argparse.Namespace, given: set) -> tuple[Run, dict, str]:
 
 def use_model(args: argparse.Namespace) -> None:
     """--from: a sheet of samples, or of one's own pictures over their reconstructions."""
-    model = load_checkpoint(vars(args)["from"])
+    model = load_checkpoint(vars(args)["from"], str(pick_device(args.device)))
     with torch.no_grad():
         torch.manual_seed(args.seed)
         if args.sample:
             out = args.out or "samples.png"
-            sheet(model.sample(args.sample), min(20, args.sample), out)
+            sizes = [len(part) for part in torch.empty(args.sample).split(500)]
+            sheet(torch.cat([model.sample(size) for size in sizes]), min(20, args.sample), out)
         else:
             out = args.out or "reconstructed.png"
             if not model.global_size:
                 raise InputError(f"{vars(args)['from']} is a plain GAN (--global 0): it has no encoder; use --sample")
             x = torch.stack([load_picture(path, model.shape) for path in args.reconstruct])  # uint8
+            x = x.to(next(model.parameters()).device)
             draws = draw(model, x, draws=5 if model.local_size else 1)[1]
             sheet(torch.cat([to_range(x, model.shape)[None], draws]).flatten(0, 1), len(x), out)
     print(f"wrote {out}")
@@ -1353,9 +1379,9 @@ def summary(metrics: dict) -> str:
     return "\n".join(f"  {name:26} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float)))
 
 
-def run_once(args: argparse.Namespace, given: set) -> dict | None:
+def run_once(args: argparse.Namespace, given: set, first: dict | None = None) -> dict | None:
     """Start or go on with one run, to its end; its final.json's content, or None where it was stopped before."""
-    run, data, folder = resume(args, given) if args.resume else start(args)
+    run, data, folder = resume(args, given, first) if args.resume else start(args, first)
     print(f"{folder}: {len(data['train'].x)} training images, {run.settings['steps']} steps on {run.device}, "
           f"{run.settings['precision']}, recipe {run.settings['recipe']}", file=sys.stderr, flush=True)
     with Stop() as stop:
@@ -1370,7 +1396,7 @@ def run_once(args: argparse.Namespace, given: set) -> dict | None:
 
 def sweep(args: argparse.Namespace, given: set) -> bool:
     """--seeds: one run a seed under --out, each resumed or skipped where it is done; then sweep.json over all."""
-    base, finals = args.out, []
+    base, finals, first = args.out, [], None
     for seed in args.seeds:
         args.seed, args.out = seed, os.path.join(base, f"seed-{seed}")
         args.resume = args.out if os.path.exists(os.path.join(args.out, "checkpoint.pt")) else None
@@ -1380,18 +1406,17 @@ def sweep(args: argparse.Namespace, given: set) -> bool:
             with open(path) as file:
                 final = json.load(file)
             made = final["settings"]
-            refuse_changes(args, given | {"out"}, made)
+            refuse_changes(args, given - {"out"}, made)
             steps = made["steps"]
             if "steps" in given or "epochs" in given:
                 steps = steps_of(args, made["data"]["train"]["images"], made["batch_size"])
-        if final is None or final["steps"] < steps:
-            final = run_once(args, given | {"out"})
+        if final is None or final["steps"] != steps:
+            final = run_once(args, given - {"out"}, first)
         if final is None:
             return False
+        refuse_unlike(final["settings"], first)
+        first = first or final["settings"]
         finals.append(final)
-    lengths = sorted({final["steps"] for final in finals})
-    if len(lengths) > 1:
-        raise InputError(f"{base}: its runs have {' and '.join(map(str, lengths))} steps; give --steps {lengths[-1]}")
     numbers = {}
     for name in finals[0]["metrics"]:
         each = [final["metrics"].get(name) for final in finals]
@@ -1400,7 +1425,7 @@ def sweep(args: argparse.Namespace, given: set) -> bool:
             numbers[name] = {"mean": float(np.mean(each)), "deviation": deviation, "each": each}
     write_json(os.path.join(base, "sweep.json"), {
         "settings": {**finals[0]["settings"], "seed": None, "label_seed": args.label_seed, "labelled_rows": None,
-                     "out": base}, "seeds": args.seeds, "metrics": numbers,
+                     "out": base}, "seeds": args.seeds, "evaluated_on": finals[0]["evaluated_on"], "metrics": numbers,
         "steps": finals[0]["steps"], "seconds": [final["seconds"] for final in finals], "host": finals[0]["host"]})
     print(f"{base}: seeds {' '.join(map(str, args.seeds))}, mean +- deviation (each)")
     for name, number in numbers.items():
@@ -1422,6 +1447,11 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(130)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        print("error: too little memory; try smaller sizes, --batch-size or --image-size", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # while nothing is trained, or for the second time
         print("stopped; what was saved is whole, and a run goes on with --resume", file=sys.stderr)
