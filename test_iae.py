@@ -4370,7 +4370,7 @@ def test_measuring_leaves_the_random_state_and_repeats():
 
 
 def test_ones_own_pictures_stand_over_their_reconstructions(sheets, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "load_checkpoint", lambda path: Plain())
+    monkeypatch.setattr(train, "load_checkpoint", lambda path, device: Plain())
     for name, shade in (("a", 50), ("b", 200)):
         Image.new("L", (16, 16), shade).save(tmp_path / f"{name}.png")
     run("--from", "x", "--reconstruct", tmp_path / "b.png", tmp_path / "a.png", "--out", tmp_path / "out.png")

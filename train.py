@@ -1203,7 +1203,8 @@ def resume(args: argparse.Namespace, given: set, first: dict | None = None) -> t
 
 def use_model(args: argparse.Namespace) -> None:
     """--from: a sheet of samples, or of one's own pictures over their reconstructions."""
-    model = load_checkpoint(vars(args)["from"], str(pick_device(args.device)))
+    device = pick_device(args.device)
+    model = load_checkpoint(vars(args)["from"], str(device))
     with torch.no_grad():
         torch.manual_seed(args.seed)
         if args.sample:
@@ -1214,8 +1215,7 @@ def use_model(args: argparse.Namespace) -> None:
             out = args.out or "reconstructed.png"
             if not model.global_size:
                 raise InputError(f"{vars(args)['from']} is a plain GAN (--global 0): it has no encoder; use --sample")
-            x = torch.stack([load_picture(path, model.shape) for path in args.reconstruct])  # uint8
-            x = x.to(next(model.parameters()).device)
+            x = torch.stack([load_picture(path, model.shape) for path in args.reconstruct]).to(device)  # uint8
             draws = draw(model, x, draws=5 if model.local_size else 1)[1]
             sheet(torch.cat([to_range(x, model.shape)[None], draws]).flatten(0, 1), len(x), out)
     print(f"wrote {out}")
