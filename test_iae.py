@@ -1837,7 +1837,6 @@ def test_many_steps_take_no_more_memory_or_time_a_step(digits, tmp_path, tiny, m
     (("--labels", 7, "--prior", "categorical"), "--labels 7"), (("--seeds", 1, 2), "--out"),
     (("--prior", "categorical", "--global", 1), "one cluster"), (("--validation", 1), "--validation 1"),
     (("--model", "fiae", "--euclidean"), "--euclidean"), (("--model", "infogan", "--noise", 3), "--noise"),
-    (("--model", "infogan", "--information-weight", 2), "--information-weight"),
     (("--labels", 1, "--prior", "categorical"), "--labels 1"), (("--epochs", 1e308), "--epochs"),
     (("--validation", 269), "use 0 to 268"), (("--benchmark", "--seeds", 1, 2, "--out", "x"), "--benchmark"),
     (("--from", "x", "--sample", 3, "--reconstruct", "y.png"), "--from RUN"),

@@ -960,10 +960,8 @@ def check(error, args: argparse.Namespace) -> None:
         error("--global 1 --prior categorical: one cluster says nothing; give 2 or more")
     if args.model != "iae" and (args.euclidean or args.no_regularization or args.labels or sizes["global"] == 0):
         error(f"--model {args.model}: --global 0, --euclidean, --no-regularization and --labels are the IAE's")
-    if args.model == "infogan" and (args.noise or args.conditioning or args.positive_gradient or args.code_penalty
-                                    or args.information_weight):
-        error("--model infogan has no D(x, z) and no eps: drop --noise, --conditioning, --positive-gradient, "
-              "--code-penalty and --information-weight")
+    if args.model == "infogan" and (args.noise or args.conditioning or args.positive_gradient):
+        error("--model infogan has no D(x, z) and no eps: drop --noise, --conditioning and --positive-gradient")
     if args.labels == 1:
         error("--labels 1: BatchNorm needs at least 2 images")
     if args.labels and args.prior != "categorical":
@@ -1118,7 +1116,7 @@ def take_weights(run: Run, path: str) -> None:
                          "--noise, --conditioning and --batch-norm") from None
 
 
-def start(args: argparse.Namespace, first: dict | None) -> tuple[Run, dict, str]:
+def start(args: argparse.Namespace, first: dict | None = None) -> tuple[Run, dict, str]:
     """A new run, its data and its folder; `first` has the settings of a sweep's first run."""
     data = load_dataset(args.dataset, args.data_dir, args.validation, pick_device(args.device), args.extra,
                         args.image_size)
