@@ -16,8 +16,10 @@ q(z|x) (Eq. 11). The players take turns:
        Not in the paper: with an information_weight the positive pair moves the generator after all, *with* D(x, z).
        It descends D(x, z)'s own loss by x_hat, where footnote 1's variant, positive_gradient, works against D(x, z).
 
-The loop is the IAE's: outputs = model(x), the tuple (z, x_hat, seen, z_hat), then model.discriminator_losses(x,
-*outputs) and, the discriminators moved, model.autoencoder_losses(x, *outputs).
+    outputs = model(x)                                          (z, x_hat, seen, z_hat)
+    losses, real = model.discriminator_losses(x, *outputs)      step the discriminators by the sum of losses, then
+    losses = model.autoencoder_losses(x, *outputs, real=real)   generator and recognition network by the sum of these
+
 This file needs torch and iae.py.
 """
 
@@ -40,8 +42,9 @@ class FIAE(nn.Module):
     moves the generator through the positive pair too. Figure 10 has local_size = noise_size = 0.
     Not in the paper, for a categorical z: code_noise of D(x, z)'s `blurred` codes; with an agreement_weight the
     recognition network sees x_hat deformed (`deform`), and descends `agreement_loss` on the data. The latter weighs
-    agreement_weight times `progress`, which the training loop moves from 0 to 1: while dreams look unlike data, it
-    would form clusters of the data that are not the dreams'.
+    agreement_weight times `progress`, a buffer, 1 at first, which the training loop moves from 0 to 1
+    (`model.progress.fill_(share)`): while dreams look unlike data, it would form clusters of the data that are not the
+    dreams'. It needs images (batch, channels, height, width) and a recognition network with `logits(x, eps)` too.
     Not in the paper either: elastic and image_noise, the deviations of the `ripple` and the Gaussian noise in which the
     recognition network and D(x, z) see x_hat, so that the generator cannot hide z in details that real images do not
     have; code_penalty of D(x, z)'s gradient by the code (`discriminate`); paired_regularization, the paired objective
@@ -81,14 +84,16 @@ class FIAE(nn.Module):
                    local_scale: float = 1.0, **options) -> "FIAE":
         """The model with Appendix D.2's networks for images of `shape`; `options` are the constructor's.
 
-        conditioning, of D(x, z), defaults to "distance" for a Gaussian code and to "projection" for a categorical.
+        conditioning, of D(x, z), defaults to "distance" for a Gaussian code, which is for the paired objective, and to
+        "projection" for a categorical; D.1 has "dependent" and "invariant". With "distance" the recognition network
+        lacks D.2's last BatchNorm, which would give z_hat the variance of z also where x tells less of it.
         Raises ValueError for a negative size or no latent code.
         """
         if min(local_size, noise_size) < 0 or global_size < 1:
             raise ValueError("code sizes: the latent code needs at least 1, local and noise sizes at least 0")
         conditioning = conditioning or ("distance" if prior == "gaussian" else "projection")
         recognition = Encoder(shape, global_size, noise_size, prior)
-        if prior == "gaussian":  # D.2's last BatchNorm would give z_hat the variance of z, also where x tells less of z
+        if prior == "gaussian" and conditioning == "distance":
             recognition.norm = nn.Identity()
         return cls(Decoder(shape, global_size, local_size, local_scale), recognition,
                    JointDiscriminator(shape, global_size, conditioning, batch_norm),
@@ -180,7 +185,7 @@ class FIAE(nn.Module):
         regularization   KL(p(x) || p_data), moves the generator alone
         agreement        with an agreement_weight: on the data, moves the recognition network alone
 
-        real: the second of what `discriminator_losses` returned, as of `iae.IAE.autoencoder_losses`.
+        real: the second of what `discriminator_losses` returned; empty will do where neither GAN is paired.
         """
         losses = {}
         if self.recognition is not None:
@@ -199,7 +204,8 @@ class FIAE(nn.Module):
         """-log D(x_hat, z_hat): reaches the recognition network by z_hat, the generator by x_hat and through z_hat.
 
         z, and with it the positive pair (x_hat, z), is a constant but for positive_gradient and information_weight.
-        real (batch,): the constant pair's logits, from the discriminators' pass.
+        real (batch,): the constant pair's logits, from the discriminators' pass; where the pair is no constant they are
+        computed anew.
         """
         z, z_hat = blurred(z, self.code_noise), blurred(z_hat, self.code_noise)
         fake = self.reconstruction_discriminator(seen, z_hat)

@@ -12,6 +12,10 @@ The discriminators and the autoencoder take turns (Section 2, "Training Process"
        in which z_hat moves in both places; the positive pair (x, z_hat) is a constant (footnote 1). The loss of the
        regularization GAN moves the encoder alone.
 
+    outputs = model(x)                                          (z_hat, x_hat)
+    losses, real = model.discriminator_losses(x, *outputs)      step the discriminators by the sum of losses, then
+    losses = model.autoencoder_losses(x, *outputs, real=real)   encoder and decoder by the sum of these
+
 Shapes are (batch, channels, height, width). Images are in the range of the decoder's last layer: [0, 1] for the
 MNIST layout (sigmoid), [-1, 1] for the others (tanh); `to_range` and `to_uint8` convert, and nothing else does.
 This file needs torch alone: copy it, or any piece of it.
@@ -24,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Appendix D.2: the convolutions of encoder and discriminator (the decoder mirrors them), kernel size and fully
-# connected width. "SAME" padding at stride 2 is (kernel - 2) / 2 on each side, for both directions.
+# connected width. "SAME" padding at stride 2 is (kernel - 2) / 2 on each side, for both directions. BatchNorm stands
+# before the ReLU, not after it, and CelebA's discriminator is our guess (README, departures 1 and 6).
 #            channels of the convolutions, kernel, hidden FC, last nonlinearity, its range
 LAYOUTS = {
     "mnist": dict(channels=(64, 128), kernel=4, hidden=1024, last=nn.Sigmoid, low=0.0, high=1.0),
@@ -117,6 +122,8 @@ class Encoder(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int], code_size: int, noise_size: int = 0, prior: str = "gaussian"):
         super().__init__()
+        if prior not in ("gaussian", "categorical"):
+            raise ValueError(f"prior {prior!r}: use gaussian or categorical")
         layout, (channels, height, width) = layout_of(shape), shape
         features, size = [], channels * height * width
         if layout is not LAYOUTS["mnist"]:
@@ -206,12 +213,15 @@ class JointDiscriminator(nn.Module):
     x (batch, *shape), z (batch, code_size) or None. Returns logits (batch,): log D / (1 - D), large where real.
     The code is an adaptive bias of the first layer (D.1), added before its BatchNorm and ReLU. Not in the paper:
     conditioning "projection", logits psi(x) + z . phi(x) from the last layer (Miyato and Koyama 2018), and "distance",
-    logits -|z - phi(x)|^2 / (2 code_size), where x alone says nothing: for pairs that share x, as the FIAE's do.
+    logits -|z - phi(x)|^2 / (2 code_size), where x alone says nothing: for pairs that share x, as the FIAE's do, and
+    for the paired objective, since they are never above 0. Raises ValueError for another conditioning.
     """
 
     def __init__(self, shape: tuple[int, int, int], code_size: int, conditioning: str = "dependent",
                  batch_norm: bool = True):
         super().__init__()
+        if conditioning not in ("dependent", "invariant", "projection", "distance"):
+            raise ValueError(f"conditioning {conditioning!r}: use dependent, invariant, projection or distance")
         layout, (channels, height, width) = layout_of(shape), shape
         widths, kernel = layout["channels"], layout["kernel"]
         self.first = conv(channels, widths[0], kernel)
@@ -263,6 +273,8 @@ def sample_prior(prior: str, *size: int, device: torch.device | str | None = Non
     """z ~ p(z), shape `size` = (..., code_size): N(0, I), or one-hot vectors of equally likely categories."""
     if prior == "gaussian":
         return torch.randn(size, device=device)
+    if prior != "categorical":
+        raise ValueError(f"prior {prior!r}: use gaussian or categorical")
     return F.one_hot(torch.randint(size[-1], size[:-1], device=device), size[-1]).float()
 
 
@@ -272,7 +284,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, objective: str = "gan") -> Te
     gan     -log D(real) - log(1 - D(fake)), the negative of Eq. 1; at its least 2 ln 2 - 2 JSD
     paired  -log sigmoid(real - fake), relativistic: row i of both holds the same z_hat, and what they share cancels
     kl      the f-GAN bound on KL(real || fake), Section 2's remark on Nowozin et al. 2016: exp(T - 1) - T, T the logit
-            (for a regularization GAN, whose prior is the real side, the reverse of the paper's direction)
+            (for a regularization GAN, whose real side is p(z), or p_data in the FIAE, the reverse of the paper's)
     """
     if objective == "gan":
         return F.softplus(-real).mean() + F.softplus(fake).mean()
@@ -310,7 +322,7 @@ def blurred(z: Tensor, deviation: float) -> Tensor:
 
 
 def agreement_loss(p: Tensor, q: Tensor) -> Tensor:
-    """-log of the probability that two copies of an image get the same code: p, q (batch, K) are their q(k|x).
+    """-log of the probability that two copies of an image get the same cluster k: p, q (batch, K) are their q(k|x).
 
     Not in the paper. It asks for agreement, and less than a cross-entropy for confidence.
     """
@@ -361,11 +373,13 @@ def discriminate(discriminator: nn.Module, real: tuple, fake: tuple, objective: 
 class IAE(nn.Module):
     """The implicit autoencoder of Section 2: four networks, what each of them descends, and how to sample.
 
-    The networks are any modules with the signatures of those above (`IAE.for_images` makes Appendix D.2's).
+    The networks are any modules with the signatures of those above (`IAE.for_images` makes Appendix D.2's); labels need
+    an encoder with `logits(x, eps)` too, agreement images (batch, channels, height, width). D(z) sees both sides in one
+    pass, so it must not have batch statistics.
     encoder None (global size 0) is a plain GAN; reconstruction_discriminator None replaces the reconstruction
     GAN by the Euclidean cost (with regularization: the AAE); regularization_discriminator None drops KL(q(z) || p(z)).
     sample_discriminator, not in the paper, is a third GAN's D(x): data are real, samples g(z, n) of z ~ p(z) fake; its
-    sample_weight, of its loss in what the decoder descends, must be above 0 then (ValueError).
+    sample_weight, of its loss in what the decoder descends, must be above 0 then, otherwise 0 (ValueError).
 
     prior of z: "gaussian", N(0, I), or "categorical", one-hot; objective: of both GANs, see `discriminator_loss` (D(z),
     whose sides share no rows, has Eq. 1 where it is "paired"). penalty, regularization_penalty (None: the same): gamma
@@ -387,8 +401,10 @@ class IAE(nn.Module):
                  agreement_weight: float = 0.0, elastic: float = 0.0, code_noise: float = 0.0,
                  code_penalty: float = 0.0, decorrelation_weight: float = 0.0, sample_weight: float = 0.0):
         super().__init__()
-        if sample_discriminator is not None and not sample_weight:
-            raise ValueError("sample_discriminator: give a sample_weight above 0 too")
+        if sample_weight < 0 or (sample_weight > 0) != (sample_discriminator is not None):
+            raise ValueError("sample_discriminator: give it and a sample_weight above 0, or neither")
+        if sample_weight and encoder is None:
+            raise ValueError("sample_weight: a plain GAN, which has no encoder, sees samples already")
         self.encoder, self.decoder = encoder, decoder
         self.reconstruction_discriminator = reconstruction_discriminator
         self.regularization_discriminator = regularization_discriminator
@@ -475,7 +491,8 @@ class IAE(nn.Module):
         return z_hat, self.decode(z_hat, n)
 
     def sample_codes(self, *batch: int) -> Tensor | None:
-        """z ~ p(z), (*batch, global_size); in cases 1 and 3 from the Gaussian that `fit_gaussian` fitted to q(z)."""
+        """z ~ p(z), (*batch, global_size); in cases 1 and 3, where p(z) is Gaussian, from what `fit_gaussian` fitted to
+        q(z)."""
         if self.encoder is None:
             return None
         z = sample_prior(self.prior, *batch, self.global_size, device=self.fitted_mean.device)
@@ -486,9 +503,10 @@ class IAE(nn.Module):
         n = torch.randn(count, self.local_size, device=self.fitted_mean.device) if self.local_size else None
         return self.decode(self.sample_codes(count), n)
 
+    @torch.no_grad()
     def fit_gaussian(self, z: Tensor) -> None:
         """Fit a full-covariance Gaussian to codes z (count, global_size) of data: cases 1 and 3's prior after training,
-        a standard normal before."""
+        a standard normal before. Categorical codes are drawn from their p(z) in these cases too."""
         z = z.double()
         covariance = torch.cov(z.T).reshape(self.global_size, self.global_size)
         values, vectors = torch.linalg.eigh(covariance)  # a square root that exists where a code dimension is constant
@@ -541,7 +559,7 @@ class IAE(nn.Module):
         """
         losses = {}
         if self.reconstruction_discriminator is None:  # -log p(x|z) of a unit Gaussian, as in the AAE
-            loss = 0.5 * (x - x_hat).pow(2).flatten(1).sum(1).mean()
+            loss = 0.5 * (x - x_hat).pow(2).flatten(x.dim() - len(self.shape)).sum(-1).mean()
         else:
             fake, positive = self.reconstruction_discriminator(x_hat, z_hat), None
             if self.positive_gradient:

@@ -3447,6 +3447,40 @@ def test_images(kind, options, shape):
         assert torch.allclose(codes.sum(1), torch.ones(4))
 
 
+def test_the_euclidean_cost_of_several_models_at_once_is_their_mean():
+    x, x_hat = torch.rand(2, 8, 6), torch.rand(2, 8, 6)
+    model = IAE(nn.Identity(), nn.Identity(), None, None, shape=(6,), global_size=6, local_size=0)
+    both = model.autoencoder_losses(x, None, x_hat, real={})["reconstruction"]
+    each = [model.autoencoder_losses(a, None, b, real={})["reconstruction"] for a, b in zip(x, x_hat)]
+    assert both.item() == pytest.approx(sum(each).item() / 2)
+    assert both.item() == pytest.approx(0.5 * (x - x_hat).square().sum(-1).mean().item())
+
+
+def test_a_fitted_gaussian_holds_no_graph():
+    model = IAE.for_images(SMALL, 3, 2, regularization=False)
+    model.fit_gaussian(model.encode(torch.rand(20, *SMALL)))
+    assert not model.fitted_mean.requires_grad and not copy.deepcopy(model).fitted_factor.requires_grad
+
+
+@pytest.mark.parametrize("make", [
+    lambda: iae.sample_prior("normal", 3, 2), lambda: iae.Encoder(SMALL, 3, prior="Gaussian"),
+    lambda: iae.JointDiscriminator(SMALL, 3, "none"), lambda: IAE.for_images(SMALL, 3, 2, sample_weight=-1.0),
+    lambda: IAE.for_images(SMALL, 0, 2, sample_weight=1.0),
+    lambda: IAE(None, nn.Identity(), None, None, shape=SMALL, global_size=0, local_size=3, sample_weight=1.0)])
+def test_a_wrong_word_or_weight_is_a_value_error(make):
+    pytest.raises(ValueError, make)
+
+
+def test_the_paper_recipe_of_the_fiae_has_the_papers_networks(digits):
+    for prior, recipe, conditioning, kind in (
+            ("gaussian", "paper", "dependent", nn.BatchNorm1d), ("categorical", "paper", "invariant", nn.BatchNorm1d),
+            ("gaussian", "stable", "distance", nn.Identity), ("categorical", "stable", "projection", nn.BatchNorm1d)):
+        args, _ = train.parse(["--dataset", digits, "--model", "fiae", "--prior", prior, "--recipe", recipe])
+        settings = train.settings_of(args, train.load_dataset(digits, ".", 0, "cpu"))
+        assert settings["conditioning"] == conditioning
+        assert type(train.build_model(settings).recognition.norm) is kind
+
+
 def test_bad_sizes():
     for kind in (FIAE, InfoGAN):
         for sizes in ((0, 4), (4, -1)):

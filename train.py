@@ -253,9 +253,10 @@ def update(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor
         # With --sample-weight the IAE makes samples too, g(z, n) of z ~ p(z), in the batch of x_hat.
         codes_and_images = model(x)  # one pass serves both players
 
-    # 1. The discriminators descend Eq. 1: (x, z_hat) is real, (x_hat, z_hat) fake; z ~ p(z) is real, z_hat fake.
-    #    In the FIAE (x_hat, z) is real, (x_hat, z_hat) fake; x is real, x_hat fake. With --sample-weight the IAE has
-    #    a third: x is real, samples are fake.
+    # 1. The discriminators descend the negative of Eq. 1, or --objective's: (x, z_hat) is real, (x_hat, z_hat) fake;
+    #    z ~ p(z) is real, z_hat fake. In the FIAE (x_hat, z) is real, (x_hat, z_hat) fake; x is real, x_hat fake. With
+    #    --sample-weight the IAE has a third: x is real, samples are fake. `real` keeps the real sides' logits: to the
+    #    other player they are constants, and so need no second pass.
     with precision:
         losses, real = model.discriminator_losses(x, *codes_and_images, penalty_scale=run.penalty_scale)
     if losses:
@@ -271,9 +272,10 @@ def update(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor
             run.discriminator_optimizer.step()
         run.recent.copy_(torch.cat([run.recent[1:], codes_and_images[0].detach()[None]]))
 
-    # 2. Encoder and decoder descend T = -log D of the negative pair (Eq. 9-10), and the encoder the cost of
-    #    KL(q(z) || p(z)), the decoder that of samples. The discriminators only judge here: `inputs` spares their
-    #    weights' gradients.
+    # 2. Encoder and decoder descend T = -log D of the negative pair (Eq. 9-10), or --objective's cost of it, and the
+    #    encoder that of KL(q(z) || p(z)), the decoder that of samples. In the FIAE generator and recognition network
+    #    descend the negative pair's, and the generator that of KL(p(x) || p_data). The discriminators only judge here:
+    #    `inputs` spares their weights' gradients.
     with precision:
         generative = model.autoencoder_losses(x, *codes_and_images, real=real)
         if labelled is not None:
@@ -854,9 +856,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--prior", default="gaussian", choices=CHOICES["prior"],
         help="p(z); categorical: --global is the number of clusters (%(default)s)")
     add("--conditioning", choices=CHOICES["conditioning"],
-        help="how D(x, z) sees z, D.1 (gaussian: dependent, categorical: invariant; fiae: distance, projection)")
+        help="how D(x, z) sees z, D.1 (gaussian: dependent, categorical: invariant; fiae, unless --recipe paper: "
+             "distance, projection)")
     add("--no-regularization", action="store_true",
-        help="drop KL(q(z) || p(z)), cases 1 and 3; samples come from a Gaussian fitted to q(z)")
+        help="drop KL(q(z) || p(z)), cases 1 and 3; a Gaussian code's samples come from a Gaussian fitted to q(z)")
     add("--euclidean", action="store_true", help="squared error in place of the reconstruction GAN; case 2: the AAE")
     add("--positive-gradient", action="store_true", help="footnote 1's variant: the positive pair moves the encoder")
 
@@ -1088,7 +1091,8 @@ def settings_of(args: argparse.Namespace, data: dict) -> dict:
     settings["rates"] = list(settings["rates"])
     d1 = "dependent" if args.prior == "gaussian" else "invariant"  # Appendix D.1's choice
     pairs = "distance" if args.prior == "gaussian" else "projection"  # the FIAE's, which share x_hat
-    settings["conditioning"] = args.conditioning or (d1 if args.model == "iae" else pairs)
+    own = args.model != "iae" and args.recipe == "stable"
+    settings["conditioning"] = args.conditioning or (pairs if own else d1)
     settings["device"] = str(pick_device(args.device))
     settings["precision"] = pick_precision(args.precision, torch.device(settings["device"]))
     settings["capture"] = args.capture and settings["device"].startswith("cuda")
@@ -1238,7 +1242,8 @@ class PerImage(torch.utils.data.Dataset):
 def field_update(run: Run, x: torch.Tensor) -> None:
     """The same losses as in `update`, written as most public code writes them: what the benchmark compares with.
 
-    float32, contiguous, default Adam, and plain backward calls, which also compute gradients that nobody uses.
+    float32, contiguous, default Adam, penalties in every step, one step of D(z), and plain backward calls, which also
+    compute gradients that nobody uses.
     """
     model = run.model
     outputs = model(x)
