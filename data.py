@@ -118,7 +118,9 @@ def load_dataset(name: str, data_dir="data", validation: int = 0, device="cpu", 
         raise InputError(f"--extra belongs to --dataset svhn; drop it for {name!r}")
     folder = name not in ("", "mnist", "svhn", "celeba") and os.path.isdir(name)
     if image_size is not None and not folder:
-        raise InputError(f"--image-size belongs to a folder of pictures; drop it for {name!r}")
+        if name in ("mnist", "svhn", "celeba") or name.endswith(".npz"):
+            raise InputError(f"--image-size belongs to a folder of pictures; drop it for {name!r}")
+        raise InputError(f"{name}: no such folder; give by --dataset where the pictures lie")
     try:
         if name == "celeba":
             train, held_out, test = load_celeba(Path(data_dir))
@@ -359,12 +361,15 @@ def load_celeba(data_dir: Path) -> tuple[Images, Images, Images]:
     source = find(data_dir, "celeba", archive) or find(data_dir, "celeba", "img_align_celeba", os.path.isdir)
     attributes = find(data_dir, "celeba", "list_attr_celeba.txt")
     if attributes is None:
-        others = sorted(path for folder in (data_dir, home) for path in folder.glob("list_attr_celeba*.txt"))
+        try:
+            others = sorted(path for folder in (data_dir, home) for path in folder.glob("list_attr_celeba*.txt"))
+        except OSError as error:
+            raise InputError(f"{data_dir}: cannot be read ({brief(error)}); check its permissions") from None
         attributes = others[0] if others else None
     partition = find(data_dir, "celeba", lists)
     if partition is None:  # first, as it is small and nothing goes without it
         partition = fetch_celeba(lists, home)
-    if source is None and not kept.is_file():
+    if source is None and not os.path.isfile(kept):
         source = fetch_celeba(archive, home)
         if attributes is None:
             try:
@@ -430,7 +435,8 @@ def prepare_celeba(source: Path | None, kept: Path) -> tuple[np.ndarray, np.ndar
                 opened = lambda member: open_member(archive, member)  # noqa: E731
             names = sorted(name for name in members if re.fullmatch(r"[0-9]{6}\.jpg", name))
             if not names:
-                raise ValueError("it holds no img_align_celeba/000001.jpg and so on")
+                first = "000001.jpg and so on itself" if source.is_dir() else "img_align_celeba/000001.jpg and so on"
+                raise ValueError(f"it holds no {first}")
 
             def read(row: int) -> np.ndarray:
                 with opened(members[names[row]]) as file:
@@ -487,15 +493,17 @@ def load_npz(path: Path) -> tuple[Images, Images]:
     """(train, test) of an `.npz` file; the test part is a tenth of it (at least two images), always the same one.
 
     The file holds x, uint8 of shape (N, H, W), (N, H, W, 1) or (N, H, W, 3), and may hold y, N integer labels from
-    0 to MOST_LABEL, or of shape (N, attributes), 0 or 1. Pickled objects are refused. Raises InputError.
+    0 to MOST_LABEL, or of shape (N, attributes), 0 or 1. Labels that are all the same tell nothing and are left out.
+    Pickled objects are refused. Raises InputError.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; give the path of an .npz file that holds the images as x")
     try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("not an npz (zip) file")
-        with zipfile.ZipFile(path) as archive:
-            x, y = read_npy(archive, "x"), read_npy(archive, "y")
+        with open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("not an npz (zip) file")
+            with zipfile.ZipFile(file) as archive:
+                x, y = read_npy(archive, "x"), read_npy(archive, "y")
         if x is None:
             raise ValueError("it holds no array x")
     except ZIP_ERRORS as error:
@@ -515,6 +523,8 @@ def load_npz(path: Path) -> tuple[Images, Images]:
                              "or 1")
     x = x if x.ndim == 4 else x[..., None]
     x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    if y is not None and y.ndim == 1 and len(y) and y.min() == y.max():
+        y = None
     y = None if y is None else torch.from_numpy(y.astype(np.int64 if y.ndim == 1 else np.uint8))
     return with_test_part(Images(torch.from_numpy(x), y), path)
 
@@ -527,18 +537,24 @@ def load_folder(folder: Path, image_size: int | None) -> tuple[Images, Images]:
     applied), is cut to its central square and brought to image_size x image_size, smoothed where that is smaller; a
     small one is enlarged.
     Without image_size all pictures must have one size that a layout of iae.py fits, and stay as they are. Where all
-    are grey x has one channel. Where every picture lies in a sub-folder of its own class, one level down, y counts the
-    sorted names of these. A broken, too large (MOST_PIXELS, MOST_SIDE) or unreadable one: see `read_pictures`.
+    are grey x has one channel. Where every picture lies in a sub-folder of its own class, one level down, and there are
+    two of these or more, y counts their sorted names. Links to folders are followed, each folder once. A broken, too
+    large (MOST_PIXELS, MOST_SIDE) or unreadable picture: see `read_pictures`.
     Raises InputError.
     """
     def unreadable(error: OSError):
         raise InputError(f"{folder}: cannot be read ({brief(error)}); check its permissions") from None
 
-    paths = []
-    for where, inner, names in os.walk(folder, onerror=unreadable):
-        inner[:] = [name for name in inner if not name.startswith(".")]  # what os.walk goes on into
+    paths, seen = [], set()
+    for where, inner, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))  # what os.walk goes on into
+        place = os.path.realpath(where)
+        if place in seen:  # by another link, or in a loop of them
+            inner[:] = []
+            continue
+        seen.add(place)
         paths += [Path(where, name) for name in names if name.lower().endswith(PICTURE_ENDS) and name[0] != "."]
-    paths = sorted(path for path in paths if path.is_file())
+    paths = sorted(path for path in paths if os.path.isfile(path))
     if not paths:
         raise InputError(f"{folder}: no pictures in it; give a folder of {', '.join(PICTURE_ENDS)} files")
     if image_size is None:
@@ -560,7 +576,7 @@ def load_folder(folder: Path, image_size: int | None) -> tuple[Images, Images]:
         x = np.ascontiguousarray(x[:, :1])
     names, y = (), None
     inner = [paths[row].relative_to(folder).parts for row in rows]
-    if all(len(parts) == 2 for parts in inner):
+    if all(len(parts) == 2 for parts in inner) and len({parts[0] for parts in inner}) > 1:
         names = tuple(sorted({parts[0] for parts in inner}))
         number = {name: label for label, name in enumerate(names)}
         y = torch.tensor([number[parts[0]] for parts in inner])
@@ -792,7 +808,8 @@ def central_part(size: tuple[int, int], shape: tuple[int, int]) -> tuple[float, 
     proportions of `shape` = (height, width)."""
     scale = min(size[0] / shape[1], size[1] / shape[0])
     width, height = scale * shape[1], scale * shape[0]
-    return (size[0] - width) / 2, (size[1] - height) / 2, (size[0] + width) / 2, (size[1] + height) / 2
+    left, upper = max(0.0, (size[0] - width) / 2), max(0.0, (size[1] - height) / 2)  # rounding can bring -1e-15
+    return left, upper, (size[0] + width) / 2, (size[1] + height) / 2
 
 
 def read_picture(file, crop: Callable, shape: tuple[int, int], wanted: tuple[int, int] | None) -> np.ndarray:
@@ -911,6 +928,7 @@ def fetch(label: str, name: str, addresses: Sequence[str], size: int, md5: str, 
     part = path.with_name(f"{name}.{os.getpid()}.part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        open(part, "wb").close()
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({brief(error)}); choose another data folder") from None
     for address in addresses:
@@ -932,7 +950,8 @@ def fetch(label: str, name: str, addresses: Sequence[str], size: int, md5: str, 
 
 
 def download(url: str, file: BinaryIO, limit: int, label: str, name: str) -> None:
-    """Writes the bytes at `url`, `limit` at most, to `file`, with progress on stderr. Raises DOWNLOAD_ERRORS."""
+    """Writes the bytes at `url`, `limit` at most, to `file`, with progress on stderr. Raises DOWNLOAD_ERRORS, and
+    InputError where the disk takes no more."""
     parts, terminal = urlsplit(url), sys.stderr.isatty()
     print(f"{label}: fetching {name} from {parts.netloc}", file=sys.stderr, flush=True)
     done, start, shown = 0, time.monotonic(), 0.0
@@ -942,7 +961,11 @@ def download(url: str, file: BinaryIO, limit: int, label: str, name: str) -> Non
             total = int(length) if length.isdecimal() else None
             # read1 returns what has arrived: the clock is looked at even where the bytes drip.
             while chunk := response.read1(2**16):
-                file.write(chunk)
+                try:
+                    file.write(chunk)
+                except OSError as error:  # not the mirror's fault: the next one would not help
+                    raise InputError(f"{name} cannot be written ({brief(error)}); free space, or choose another data "
+                                     "folder") from None
                 done += len(chunk)
                 now = time.monotonic()
                 if done > limit:

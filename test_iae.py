@@ -2574,6 +2574,52 @@ def test_folder_of_pictures(tmp_path):
     assert data.load_dataset(str(tmp_path), image_size=16)["train"].y is None
 
 
+def test_the_central_part_lies_in_the_picture(tmp_path):
+    """Rounding made a box begin at -1e-15 in 178x218 at 88, which Pillow refuses."""
+    for side in range(1, 1200):
+        for wanted in (28, *range(8, 256, 8)):
+            assert min(data.central_part((side, side + 7), (wanted, wanted))[:2]) >= 0
+            assert min(data.central_part((side + 7, side), (wanted, wanted + 8))[:2]) >= 0
+    put(tmp_path, {f"{i}.png": picture("PNG", "RGB", (178, 218)) for i in range(8)})
+    assert data.load_dataset(str(tmp_path), image_size=88)["test"].x.shape == (2, 3, 88, 88)
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    for name in ("cats", "dogs"):
+        put(tmp_path / "store" / name, {f"{i}.png": picture("PNG", "L", (28, 28)) for i in range(6)})
+    put(tmp_path / "mine" / "birds", {f"{i}.png": picture("PNG", "L", (28, 28)) for i in range(6)})
+    for name in ("cats", "dogs"):
+        os.symlink(tmp_path / "store" / name, tmp_path / "mine" / name)
+    os.symlink(tmp_path / "mine", tmp_path / "mine" / "loop")
+    parts = data.load_dataset(str(tmp_path / "mine"))
+    assert parts["train"].names == ("birds", "cats", "dogs") and len(parts["train"].x) + len(parts["test"].x) == 18
+
+
+def test_one_class_is_no_label(tmp_path):
+    put(tmp_path / "unpacked" / "img", {f"{i}.png": picture("PNG", "L", (28, 28)) for i in range(6)})
+    assert data.load_dataset(str(tmp_path / "unpacked"))["train"].y is None
+    np.savez(tmp_path / "x.npz", x=np.zeros((8, 8, 8), np.uint8), y=np.full(8, 3))
+    assert data.load_dataset(str(tmp_path / "x.npz"))["train"].y is None
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    assert "no such folder" in one_line(data.load_dataset, str(tmp_path / "gone"), image_size=16)
+    assert "--image-size belongs to a folder" in one_line(data.load_dataset, "mnist", image_size=16)
+
+
+def test_a_full_disk_is_not_the_mirrors_fault(monkeypatch):
+    class Full(io.BytesIO):
+        headers = {}
+        read1 = lambda self, count: b"some"  # noqa: E731
+
+        def write(self, piece):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: Full())
+    said = one_line(data.download, "http://127.0.0.1/x", Full(), 10, "svhn", "x")
+    assert "cannot be written ([Errno 28] No space left on device)" in said
+
+
 def test_pixels_of_odd_pictures(tmp_path):
     white, deep = np.zeros((28, 28, 4), np.uint8), np.full((28, 28), 0xABCD, np.uint16)
     Image.fromarray(white).save(tmp_path / "a.png")  # transparent black: put on white

@@ -1462,4 +1462,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # outside of training too: no half download is left
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name need not be text
     main()
