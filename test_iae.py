@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import select
+import shlex
 import shutil
 import signal
 import struct
@@ -4398,6 +4399,33 @@ def test_a_narrow_toy_decoder_has_smaller_first_weights_of_n_alone():
 def test_numbers_of_the_toys_by_hand():
     assert toy.mean_deviation([1.0, 3.0, math.nan]) == pytest.approx((2, 2**0.5))
     assert toy.mean_deviation([5.0]) == (5, 0)
+
+
+def test_a_table_says_how_many_seeds_have_a_number(capsys):
+    toy.print_table("title", {"GAN": {"good": [math.nan, 0.25, 0.5], "floor": [4e-5, 4e-5, 4e-5]}})
+    good, floor = capsys.readouterr().out.splitlines()[-2:]
+    assert "0.375 +- 0.18 [0.25, 0.5] (2 of 3 seeds)" in good and "4e-05" in floor and "seeds" not in floor
+
+
+def test_a_toys_figure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "toy.png").write_text("the one before")
+    figure = toy.plt.figure()
+
+    def half(part, **_):
+        pathlib.Path(part).write_text("half")
+        raise OSError(28, "full")
+
+    monkeypatch.setattr(figure, "savefig", half)
+    pytest.raises(InputError, toy.save, figure, tmp_path, "toy.png").match("full")
+    assert os.listdir(tmp_path) == ["toy.png"] and (tmp_path / "toy.png").read_text() == "the one before"
+
+
+def test_a_toys_file_says_how_it_was_made(tmp_path):
+    arguments = ["mixture", "--steps", "3", "--batch", "8", "--width", "8", "--out", str(tmp_path)]
+    toy.main(arguments)
+    made = json.loads((tmp_path / "toy_mixture.json").read_text())
+    assert made["command"] == shlex.join(["python", "toy.py", *arguments]) and made["host"]["commit"]
+    assert made["settings"]["batch"] == 8 and made["settings"]["rate"]["mixture"] == toy.RATES["mixture"]
     code, mode = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 1, 2, 2])
     assert toy.clustering_accuracy(code, mode) == pytest.approx(5 / 6)
     assert toy.clustering_accuracy(torch.zeros(6, dtype=torch.long), mode) == pytest.approx(3 / 6)

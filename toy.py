@@ -14,7 +14,7 @@ for all seeds of a command, so a run repeats by its whole command.
 import argparse
 import json
 import math
-import platform
+import os
 import shlex
 import sys
 import time
@@ -31,7 +31,9 @@ from torch import Tensor, nn
 
 from fiae import FIAE, InfoGAN
 from iae import IAE
+from data import InputError
 from metrics import mmd_test, normalized_mutual_information
+from train import host_facts, write, write_json
 
 
 # ---------------------------------------------------------------------------------------------- data, networks, recipe
@@ -331,6 +333,7 @@ def run_mixture(data: str, kinds: tuple[str, ...], recipe: dict, options: argpar
 
 def each_seed(measure, seeds: list[int]) -> dict[str, list[float]]:
     """{metric: [one number a seed]} of measure(index of the seed), a dictionary."""
+    print(f"  measuring {len(seeds)} seed{'s' if len(seeds) > 1 else ''} ...", flush=True)
     rows = [measure(index) for index in range(len(seeds))]
     return {key: [row[key] for row in rows] for key in rows[0]}
 
@@ -461,7 +464,7 @@ def panel(axes, title: str, below: str, points: Tensor, colour, limit: float, si
 def save(figure, folder: Path, name: str) -> None:
     """Write a figure as folder/name (PNG) and close it."""
     path = folder / name
-    figure.savefig(path, bbox_inches="tight")
+    write(str(path), lambda part: figure.savefig(part, format="png", bbox_inches="tight"))
     plt.close(figure)
     print(f"  saved {path}")
 
@@ -491,6 +494,8 @@ def mixture_figure(data: str, numbers: dict, pictures: dict, folder: Path) -> No
     save(figure, folder, f"toy_{data}.png")
     figure, axes = plt.subplots(len(kinds), 6, figsize=(10, 1.8 * len(kinds)), squeeze=False)
     for row, kind in zip(axes, kinds):
+        for axis in row[len(pictures[kind + " frames"]):]:  # of few steps there are fewer frames
+            axis.axis("off")
         for axis, (step, (samples, code)) in zip(row, pictures[kind + " frames"]):
             panel(axis, f"{kind}, step {step}", "", samples, colours(code, count), limit, size=2)
     save(figure, folder, f"toy_{data}_training.png")
@@ -515,6 +520,8 @@ def four_points_figure(numbers: dict, pictures: dict, folder: Path) -> None:
     save(figure, folder, "toy_four_points.png")
     figure, axes = plt.subplots(len(kinds), 6, figsize=(10, 1.8 * len(kinds)), squeeze=False)
     for row, kind in zip(axes, kinds):
+        for axis in row[len(pictures[kind + " frames"]):]:
+            axis.axis("off")
         for axis, (step, q) in zip(row, pictures[kind + " frames"]):
             panel(axis, f"{kind}, step {step}", "", q.flatten(0, 1), [c for c in FOUR for _ in q[0]], 3.6, size=2)
     save(figure, folder, "toy_four_points_training.png")
@@ -529,8 +536,9 @@ def mean_deviation(values: list[float]) -> tuple[float, float]:
 
 
 def print_table(title: str, numbers: dict[str, dict[str, list[float]]]) -> None:
-    """A row a metric, a column a model: mean +- deviation over the seeds, and the range in brackets."""
-    width = 34 if any(len(values) > 1 for column in numbers.values() for values in column.values()) else 10
+    """A row a metric, a column a model: mean +- deviation over the seeds, and the range in brackets; where a seed has
+    no number, how many have."""
+    width = 40 if any(len(values) > 1 for column in numbers.values() for values in column.values()) else 10
     print(f"\n{title}\n  {'':14s}" + "".join(f"{kind:>{width}s}" for kind in numbers))
     metrics = list(dict.fromkeys(metric for column in numbers.values() for metric in column))
     for metric in metrics:
@@ -538,27 +546,23 @@ def print_table(title: str, numbers: dict[str, dict[str, list[float]]]) -> None:
         for column in numbers.values():
             values = column.get(metric, [])
             mean, deviation = mean_deviation(values)
-            spread = f" +- {deviation:.4f} [{min(values):.3f}, {max(values):.3f}]" if len(values) > 1 else ""
-            cells.append("" if math.isnan(mean) else f"{mean:.4f}{spread}")
+            found = [value for value in values if not math.isnan(value)]
+            spread = f" +- {deviation:.2g} [{min(found):.3g}, {max(found):.3g}]" if len(found) > 1 else ""
+            lost = f" ({len(found)} of {len(values)} seeds)" if len(found) < len(values) else ""
+            cells.append("" if math.isnan(mean) else f"{mean:.4g}{spread}{lost}")
         print(f"  {metric:14s}" + "".join(f"{cell:>{width}s}" for cell in cells))
 
 
-def write_json(path: Path, options: argparse.Namespace, numbers: dict, wall: float) -> None:
-    """Numbers of every seed, and what is needed to get them again."""
-    processor = platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
+def save_numbers(path: Path, options: argparse.Namespace, numbers: dict, wall: float) -> None:
+    """Numbers of every seed as JSON, and what is needed to get them again."""
     clean = lambda value: None if math.isnan(value) else value  # noqa: E731  (JSON has no nan)
     results = {kind: {metric: dict(mean=clean(mean_deviation(values)[0]), deviation=clean(mean_deviation(values)[1]),
                                    per_seed=[clean(value) for value in values])
                       for metric, values in column.items()} for kind, column in numbers.items()}
-    record = dict(command=shlex.join(["python", "toy.py", *sys.argv[1:]]), seeds=options.seeds, recipe=options.recipe,
-                  wall_seconds=round(wall, 1), hardware=f"{processor}, {torch.get_num_threads()} thread(s)",
-                  versions=dict(python=platform.python_version(), torch=torch.__version__), results=results)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(path)  # a kill or a full disk leaves the previous file whole
+    settings = dict(steps=options.steps or STEPS, batch=options.batch or BATCHES, width=options.width or WIDTHS,
+                    rate=options.rate or RATES, penalty=options.penalty, info_weight=options.info_weight)
+    write_json(str(path), dict(command=options.command, seeds=options.seeds, recipe=options.recipe, settings=settings,
+                               wall_seconds=round(wall, 1), host=host_facts(torch.device("cpu")), results=results))
     print(f"  saved {path}")
 
 
@@ -574,7 +578,7 @@ def mixture(options: argparse.Namespace) -> None:
     began = time.time()
     numbers, pictures = run_mixture("mixture", ("GAN", "IAE"), RECIPES[options.recipe], options, count=10000, local=10)
     print_table("Mixture of seven Gaussians (Figure 5)", numbers)
-    write_json(options.out / "toy_mixture.json", options, numbers, time.time() - began)
+    save_numbers(options.out / "toy_mixture.json", options, numbers, time.time() - began)
     mixture_figure("mixture", numbers, pictures, options.figures)
 
 
@@ -587,7 +591,7 @@ def four_points(options: argparse.Namespace) -> None:
     quadrant = (0.5 + 0.5 * math.erf(math.sqrt(1 / (math.pi - 2)))) ** 2
     print(f"  Gaussians with the moments of four quadrants, whatever their rotation: agreement {quadrant:.3f}.\n"
           "  More than that means a code smuggled through small deviations of x, or regions that are no quadrants.")
-    write_json(options.out / "toy_four_points.json", options, numbers, time.time() - began)
+    save_numbers(options.out / "toy_four_points.json", options, numbers, time.time() - began)
     four_points_figure(numbers, pictures, options.figures)
 
 
@@ -597,7 +601,7 @@ def standard(data: str, options: argparse.Namespace) -> None:
     numbers, pictures = run_mixture(data, ("IAE",), RECIPES[options.recipe], options, count=2500, local=4)
     print_table(f"The {data} of {len(DATA[data][0])}, 2,500 samples", numbers)
     print(f"  published: {PUBLISHED[data]}")
-    write_json(options.out / f"toy_{data}.json", options, numbers, time.time() - began)
+    save_numbers(options.out / f"toy_{data}.json", options, numbers, time.time() - began)
     mixture_figure(data, numbers, pictures, options.figures)
 
 
@@ -607,8 +611,9 @@ def ablation(options: argparse.Namespace) -> None:
     began, mixtures, points = time.time(), {}, {}
 
     def save_json():
-        numbers = {**{f"IAE, {k}": v for k, v in mixtures.items()}, **{f"FIAE, {k}": v for k, v in points.items()}}
-        write_json(options.out / "toy_ablation.json", options, numbers, time.time() - began)
+        named = {name if "InfoGAN" in name else f"FIAE, {name}": values for name, values in points.items()}
+        numbers = {**{f"IAE, {name}": values for name, values in mixtures.items()}, **named}
+        save_numbers(options.out / "toy_ablation.json", options, numbers, time.time() - began)
 
     for name, recipe in RECIPES.items():
         print(f"recipe {name}: {recipe}")
@@ -625,7 +630,12 @@ def ablation(options: argparse.Namespace) -> None:
             ("Four points, FIAE", points, ("distance", "share_min", "agreement", "mmd", "overlap", "posterior_mmd"))):
         print(f"\n{title}\n  {'recipe':18s}" + "".join(f"{metric:>20s}" for metric in metrics))
         for name, column in rows.items():
-            cells = ["{:.4f} +- {:.4f}".format(*mean_deviation(column[metric])) for metric in metrics]
+            cells = []
+            for metric in metrics:
+                mean, deviation = mean_deviation(column[metric])
+                lost = sum(map(math.isnan, column[metric]))
+                cells.append(f"{mean:.4f}" + (f" +- {deviation:.4f}" if len(options.seeds) > 1 else "")
+                             + (f" (-{lost})" if lost else ""))
             print(f"  {name:18s}" + "".join(f"{cell:>20s}" for cell in cells))
 
 
@@ -644,9 +654,10 @@ def positive(number_type):
     """An argparse type: `number_type` above 0."""
     def parse(text: str):
         value = number_type(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        if not 0 < value < 2**31:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0 and below {2**31}")
         return value
+    parse.__name__ = number_type.__name__  # argparse's messages name it
     return parse
 
 
@@ -676,6 +687,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder of the JSON (default runs/toy)")
     parser.add_argument("--figures", type=Path, help="folder of the figures (default: that of --out)")
     options = parser.parse_args(arguments)
+    options.command = shlex.join(["python", "toy.py", *(sys.argv[1:] if arguments is None else arguments)])
     options.figures = options.figures or options.out
     options.toys = [name for toy in options.toys or ["mixture", "four-points"]
                     for name in (("ring", "grid") if toy == "standards" else (toy,))]
@@ -698,16 +710,21 @@ def main(arguments: list[str] | None = None) -> None:
     for folder in (options.out, options.figures):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".toy").touch()  # before the training, not after it
-            (folder / ".toy").unlink()
+            probe = folder / f".toy.{os.getpid()}"  # before the training, not after it
+            probe.touch()
+            probe.unlink()
         except OSError as error:
             Parser().error(f"cannot write to {folder}: {error.strerror}")
     for toy in dict.fromkeys(options.toys):
         print(f"{toy}: recipe {options.recipe}, seeds {' '.join(map(str, options.seeds))}", flush=True)
         try:
             TOYS[toy](options)
-        except OSError as error:
-            Parser().error(f"{toy}: cannot write its results: {error.strerror}")
+        except InputError as error:
+            Parser().error(f"{toy}: {error}")
+        except RuntimeError as error:
+            if "allocate memory" not in str(error):
+                raise
+            Parser().error(f"{toy}: too little memory; try a smaller --width or --batch, or fewer --seeds")
         except KeyboardInterrupt:
             print(f"{toy} stopped; what was saved before is whole", file=sys.stderr)
             sys.exit(130)

@@ -787,8 +787,8 @@ def draw_map(model: IAE | FIAE, x: torch.Tensor, folder: str) -> None:
 
 @torch.no_grad()
 def draw_neighbours(model: IAE | FIAE, x: torch.Tensor, classifier, folder: str) -> None:
-    """neighbours.png: 20 samples over the three training images (of uint8 x) nearest to each by the classifier's
-    features."""
+    """neighbours.png: 20 samples over the three training images (of the first 20,000 of uint8 x) nearest to each by the
+    classifier's features."""
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.manual_seed(0)
         samples = model.sample(20)
@@ -800,16 +800,18 @@ def draw_neighbours(model: IAE | FIAE, x: torch.Tensor, classifier, folder: str)
 
 @torch.no_grad()
 def draw_votes(model: FIAE | IAE, x: torch.Tensor, folder: str) -> None:
-    """votes.png: of uint8 test images x the ten that all draws of eps agree most and least on, over their votes."""
+    """votes.png: of uint8 test images x ten of those that draws of eps agree most on, and the ten that they agree least
+    on, over their votes."""
     votes = assignments(model, x, draws=50)[0].cpu()  # (count, K)
     order = votes.max(1).values.sort(stable=True).indices
     figure, axes = plt.subplots(4, 10, figsize=(12, 5), gridspec_kw={"height_ratios": [1.4, 1, 1.4, 1]})
     for top, rows, title in ((0, order[-10:], "most certain"), (2, order[:10], "least certain")):
         for column, row in enumerate(rows.tolist()):
-            axes[top, column].imshow(x[row].permute(1, 2, 0).cpu().numpy(), cmap="gray")
+            axes[top, column].imshow(x[row].permute(1, 2, 0).cpu().numpy(), cmap="gray", vmin=0, vmax=255)
             axes[top, column].axis("off")
             axes[top + 1, column].bar(range(votes.shape[1]), votes[row].tolist())
-            axes[top + 1, column].set(ylim=(0, 1), xticks=range(votes.shape[1]), yticks=(0, 1) if column == 0 else ())
+            ticks = range(0, votes.shape[1], math.ceil(votes.shape[1] / 10))
+            axes[top + 1, column].set(ylim=(0, 1), xticks=ticks, yticks=(0, 1) if column == 0 else ())
             axes[top + 1, column].tick_params(labelsize=6)
         axes[top, 0].set_title(title, fontsize=9, loc="left")
         axes[top + 1, 0].set_ylabel("share of draws", fontsize=7)
