@@ -223,6 +223,7 @@ class Run:
     def load_state_dict(self, state: dict) -> None:
         """Take up where `state` was saved; together with `batch_indices` this is all a bit-exact resume needs."""
         self.step, self.seconds = state["step"], state["seconds"]
+        self.captured = {}  # a graph would go on with the optimizers' old state
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
         if self.recent is not None:
