@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data import InputError
 from fiae import FIAE, InfoGAN
 from iae import IAE
-from data import InputError
 from metrics import mmd_test, normalized_mutual_information
 from train import host_facts, write, write_json
 

@@ -660,7 +660,8 @@ def new_folder(run: Run) -> str:
         stem = os.path.join("runs", f"{name}-{settings['global']}-{settings['local']}")
         path = next(f"{stem}-{i}" for i in range(10**6) if not os.path.exists(f"{stem}-{i}"))
     inside, pictures = os.path.realpath(path), os.path.realpath(settings["dataset"])
-    if os.path.isdir(pictures) and inside.startswith(os.path.join(pictures, "")):
+    own = settings["dataset"] not in ("mnist", "svhn", "celeba") and os.path.isdir(pictures)
+    if own and inside.startswith(os.path.join(pictures, "")):
         raise InputError(f"{path} lies among the pictures of {settings['dataset']}, where figures would become some "
                          "more; choose an --out outside")
     try:
@@ -1032,7 +1033,7 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: not there; use auto, cpu or, with a GPU and a CUDA build, cuda") from None
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name}: use auto, cpu or cuda")
-    if device.index is not None:
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # a graph is recorded, and random state read, on the current one
     return device
 
