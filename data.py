@@ -149,10 +149,10 @@ def load_dataset(name: str, data_dir="data", validation: int = 0, device="cpu", 
     return {key: Images(x.to(device), None if y is None else y.to(device), n) for key, (x, y, n) in parts.items()}
 
 
-def split(images: Images, count: int) -> tuple[Images, Images]:
-    """(the rest, `count` images chosen by SPLIT_SEED), each in the order of `images`."""
+def split(images: Images, count: int, shuffled: bool = False) -> tuple[Images, Images]:
+    """(the rest, `count` images chosen by SPLIT_SEED), each in the order of `images`, or shuffled."""
     order = torch.randperm(len(images.x), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    rest, chosen = order[count:].sort().values, order[:count].sort().values
+    rest, chosen = (part if shuffled else part.sort().values for part in (order[count:], order[:count]))
     return (images if count == 0 else take(images, rest.numpy())), take(images, chosen.numpy())
 
 
@@ -631,9 +631,7 @@ def with_test_part(images: Images, path: Path) -> tuple[Images, Images]:
     """
     if len(images.x) < 4:
         raise InputError(f"{path}: N = {len(images.x)}; at least 4 images are needed, to train on and to test on")
-    order = torch.randperm(len(images.x), generator=torch.Generator().manual_seed(SPLIT_SEED)).numpy()
-    count = max(2, len(images.x) // 10)
-    return take(images, order[count:]), take(images, order[:count])
+    return split(images, max(2, len(images.x) // 10), shuffled=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- readers

@@ -492,10 +492,9 @@ def mixture_figure(data: str, numbers: dict, pictures: dict, folder: Path) -> No
     panel(axes[-1], f"({'abcd'[1 + len(kinds)]}) Data by the IAE's encoder",
           f"clustering accuracy {100 * numbers['IAE']['accuracy'][0]:.2f} %", x, colours(inferred, count), limit)
     save(figure, folder, f"toy_{data}.png")
-    figure, axes = plt.subplots(len(kinds), 6, figsize=(10, 1.8 * len(kinds)), squeeze=False)
+    frames = len(pictures[kinds[0] + " frames"])
+    figure, axes = plt.subplots(len(kinds), frames, figsize=(10 / 6 * frames, 1.8 * len(kinds)), squeeze=False)
     for row, kind in zip(axes, kinds):
-        for axis in row[len(pictures[kind + " frames"]):]:  # of few steps there are fewer frames
-            axis.axis("off")
         for axis, (step, (samples, code)) in zip(row, pictures[kind + " frames"]):
             panel(axis, f"{kind}, step {step}", "", samples, colours(code, count), limit, size=2)
     save(figure, folder, f"toy_{data}_training.png")
@@ -518,10 +517,9 @@ def four_points_figure(numbers: dict, pictures: dict, folder: Path) -> None:
               f"least share {first['share_min']:.2f}", x_hat, [FOUR[i] for i in label.tolist()], 2)
     figure.subplots_adjust(hspace=0.3)
     save(figure, folder, "toy_four_points.png")
-    figure, axes = plt.subplots(len(kinds), 6, figsize=(10, 1.8 * len(kinds)), squeeze=False)
+    frames = len(pictures[kinds[0] + " frames"])
+    figure, axes = plt.subplots(len(kinds), frames, figsize=(10 / 6 * frames, 1.8 * len(kinds)), squeeze=False)
     for row, kind in zip(axes, kinds):
-        for axis in row[len(pictures[kind + " frames"]):]:
-            axis.axis("off")
         for axis, (step, q) in zip(row, pictures[kind + " frames"]):
             panel(axis, f"{kind}, step {step}", "", q.flatten(0, 1), [c for c in FOUR for _ in q[0]], 3.6, size=2)
     save(figure, folder, "toy_four_points_training.png")

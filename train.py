@@ -1215,8 +1215,8 @@ def use_model(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         if args.sample:
             out = args.out or "samples.png"
-            sizes = [len(part) for part in torch.empty(args.sample).split(500)]
-            sheet(torch.cat([model.sample(size) for size in sizes]), min(20, args.sample), out)
+            parts = [model.sample(min(500, args.sample - done)) for done in range(0, args.sample, 500)]
+            sheet(torch.cat(parts), min(20, args.sample), out)
         else:
             out = args.out or "reconstructed.png"
             if not model.global_size:
@@ -1403,8 +1403,9 @@ def run_once(args: argparse.Namespace, given: set, first: dict | None = None) ->
 
 def sweep(args: argparse.Namespace, given: set) -> bool:
     """--seeds: one run a seed under --out, each resumed or skipped where it is done; then sweep.json over all."""
-    base, finals, first = args.out, [], None
+    base, finals = args.out, []
     for seed in args.seeds:
+        first = finals[0]["settings"] if finals else None
         args.seed, args.out = seed, os.path.join(base, f"seed-{seed}")
         args.resume = args.out if os.path.exists(os.path.join(args.out, "checkpoint.pt")) else None
         path = os.path.join(args.out, "final.json")
@@ -1422,7 +1423,6 @@ def sweep(args: argparse.Namespace, given: set) -> bool:
         if final is None:
             return False
         refuse_unlike(final["settings"], first)
-        first = first or final["settings"]
         finals.append(final)
     numbers = {}
     for name in finals[0]["metrics"]:
