@@ -175,13 +175,15 @@ class Decoder(nn.Module):
         layers = [nn.BatchNorm2d(widths[0]), nn.ReLU()]
         for inputs, outputs in zip(widths, widths[1:]):
             layers += [upconv(inputs, outputs, layout["kernel"]), nn.BatchNorm2d(outputs), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, upconv(widths[-1], channels, layout["kernel"]), layout["last"]())
+        self.layers = nn.Sequential(*layers, upconv(widths[-1], channels, layout["kernel"]))
+        self.last = layout["last"]()
 
     def forward(self, z: Tensor | None, n: Tensor | None = None) -> Tensor:
         h = self.fc(torch.cat([part for part in (z, n) if part is not None], dim=1))  # (batch, features)
         # As (height, width, channels) the features are born in the memory layout that convolutions are fastest in.
         h = h.unflatten(1, self.start).permute(0, 3, 1, 2)  # (batch, channels, height, width)
-        return self.layers(h)
+        # In float32: bfloat16 would round sigmoid or tanh to 1 above .998, and pass no gradient on.
+        return self.last(self.layers(h).float())  # (batch, *shape)
 
 
 class LocationDependent(nn.Module):

@@ -110,6 +110,22 @@ def test_shapes_and_ranges(shape, low):
     assert ends.tolist() == pytest.approx([low, 1])
 
 
+@pytest.mark.parametrize("shape, gradient", [(MNIST, lambda x_hat: x_hat * (1 - x_hat)),
+                                             (SVHN, lambda x_hat: 1 - x_hat.square())])
+def test_bright_pixels_pass_their_gradient_on_in_bfloat16(shape, gradient):
+    decoder = Decoder(shape, 5, 0)
+    last = decoder.layers[-1]
+    last.weight.data.zero_()
+    last.bias.data.fill_(6.7)  # what bfloat16 takes for white, where either derivative would be 0
+    with torch.autocast("cpu", torch.bfloat16):
+        x_hat = decoder(torch.randn(4, 5))
+    x_hat.sum().backward()
+    white = decoder.last(torch.tensor(6.6875))  # 6.7 as bfloat16 holds it
+    assert x_hat.dtype == torch.float32 and torch.allclose(x_hat, white)
+    pixels = x_hat[:, 0].numel()
+    assert last.bias.grad[0].item() == pytest.approx(pixels * gradient(white).item(), rel=0.02)
+
+
 @pytest.mark.parametrize("shape", [(1, 30, 30), (2, 28, 28), (1, 0, 8), (3, 28, 32)])
 def test_no_layout_fits(shape):
     with pytest.raises(ValueError, match="use"):
