@@ -84,14 +84,18 @@ class FIAE(nn.Module):
                    local_scale: float = 1.0, **options) -> "FIAE":
         """The model with Appendix D.2's networks for images of `shape`; `options` are the constructor's.
 
-        conditioning, of D(x, z), defaults to "distance" for a Gaussian code, which is for the paired objective, and to
-        "projection" for a categorical; D.1 has "dependent" and "invariant". With "distance" the recognition network
-        lacks D.2's last BatchNorm, which would give z_hat the variance of z also where x tells less of it.
-        Raises ValueError for a negative size or no latent code.
+        conditioning, of D(x, z), defaults to D.1's choice, location-dependent for a Gaussian code, -invariant for a
+        categorical; with the paired objective to "distance" and "projection", as x_hat is the same in both pairs. With
+        "distance" the recognition network of a Gaussian code lacks D.2's last BatchNorm, which would give z_hat the
+        variance of z also where x tells less of it. Raises ValueError for a negative size or no latent code.
         """
         if min(local_size, noise_size) < 0 or global_size < 1:
             raise ValueError("code sizes: the latent code needs at least 1, local and noise sizes at least 0")
-        conditioning = conditioning or ("distance" if prior == "gaussian" else "projection")
+        paired = options.get("objective") == "paired"
+        if prior == "gaussian":
+            conditioning = conditioning or ("distance" if paired else "dependent")
+        else:
+            conditioning = conditioning or ("projection" if paired else "invariant")
         recognition = Encoder(shape, global_size, noise_size, prior)
         if prior == "gaussian" and conditioning == "distance":
             recognition.norm = nn.Identity()

@@ -18,6 +18,7 @@ The discriminators and the autoencoder take turns (Section 2, "Training Process"
 
 Shapes are (batch, channels, height, width). Images are in the range of the decoder's last layer: [0, 1] for the
 MNIST layout (sigmoid), [-1, 1] for the others (tanh); `to_range` and `to_uint8` convert, and nothing else does.
+Parameters, images and codes are float32; for bfloat16 there is torch.autocast.
 This file needs torch alone: copy it, or any piece of it.
 """
 
@@ -72,13 +73,15 @@ def deform(x: Tensor) -> Tensor:
     """Each of the images x (batch, channels, height, width) turned, sheared, scaled and moved a little, at random.
 
     By up to 15 degrees, .3, a factor e^.15 and a tenth of the side; pixels of the border fill what opens beyond it.
+    Images shall be square: in others angles are distorted.
     """
     draws = 2 * torch.rand(6, len(x), device=x.device) - 1
     most = 0.26, 0.3, 0.15, 0.15, 0.2, 0.2  # radians, shear, logs, half sides; numbers, as a CUDA graph copies none
     turn, shear, wide, high, right, down = (limit * row for limit, row in zip(most, draws))  # (batch,) each
     cos, sin, wide, high = turn.cos(), turn.sin(), wide.exp(), high.exp()
     maps = torch.stack([cos * wide, (shear - sin) * wide, right, sin * high, cos * high, down], 1)
-    grid = F.affine_grid(maps.view(-1, 2, 3), list(x.shape), align_corners=False)  # (batch, height, width, 2)
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 would move pixels by a tenth
+        grid = F.affine_grid(maps.view(-1, 2, 3), list(x.shape), align_corners=False)  # (batch, height, width, 2)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
@@ -98,7 +101,8 @@ def ripple(x: Tensor, deviation: float) -> Tensor:
     shifts = deviation * torch.randn(len(x), 2, 5, 5, device=x.device)
     shifts = F.interpolate(shifts, x.shape[2:], mode="bicubic").permute(0, 2, 3, 1)  # (batch, height, width, 2)
     still = torch.eye(2, 3, device=x.device).expand(len(x), 2, 3)
-    grid = F.affine_grid(still, list(x.shape), align_corners=False) + shifts  # (batch, height, width, 2)
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 would move pixels by a tenth
+        grid = F.affine_grid(still, list(x.shape), align_corners=False) + shifts  # (batch, height, width, 2)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
@@ -249,7 +253,7 @@ class JointDiscriminator(nn.Module):
         h = self.first(x)  # (batch, channels, height / 2, width / 2)
         if self.condition is not None:
             h = h + self.condition(z)
-        h = self.layers(h).permute(0, 2, 3, 1).flatten(1)  # channels last, the layout of the memory: no copy
+        h = self.layers(h).permute(0, 2, 3, 1).flatten(1)  # no copy where the memory is channels-last, as in training
         h = self.fc(h).float()  # (batch, 1), with a projection (batch, 1 + code_size), a distance (batch, code_size)
         if self.distance:
             return -0.5 * (z - h).pow(2).mean(1)  # (batch,)
@@ -326,7 +330,8 @@ def blurred(z: Tensor, deviation: float) -> Tensor:
 def agreement_loss(p: Tensor, q: Tensor) -> Tensor:
     """-log of the probability that two copies of an image get the same cluster k: p, q (batch, K) are their q(k|x).
 
-    Not in the paper. It asks for agreement, and less than a cross-entropy for confidence.
+    Not in the paper. It asks for agreement, and less than a cross-entropy for confidence. A probability below 1e-6
+    counts as that and has no gradient.
     """
     return -(p * q).sum(1).clamp(min=1e-6).log().mean()
 
@@ -357,7 +362,8 @@ def discriminate(discriminator: nn.Module, real: tuple, fake: tuple, objective: 
     real = [part if part is None else part.detach().requires_grad_(penalty + code_penalty > 0) for part in real]
     fake = [part if part is None else part.detach().requires_grad_(penalty > 0) for part in fake]
     if together:
-        real_logits, fake_logits = discriminator(torch.cat([*real, *fake], dim=-2)).chunk(2, dim=-1)
+        sizes = [real[0].shape[-2], fake[0].shape[-2]]
+        real_logits, fake_logits = discriminator(torch.cat([*real, *fake], dim=-2)).split(sizes, dim=-1)
     else:
         real_logits, fake_logits = discriminator(*real), discriminator(*fake)
     loss = discriminator_loss(real_logits, fake_logits, objective)
@@ -498,7 +504,8 @@ class IAE(nn.Module):
         if self.encoder is None:
             return None
         z = sample_prior(self.prior, *batch, self.global_size, device=self.fitted_mean.device)
-        return self.fitted_mean + z @ self.fitted_factor.T if self.fitted_prior else z
+        with torch.autocast(z.device.type, enabled=False):  # bfloat16 would round the codes
+            return self.fitted_mean + z @ self.fitted_factor.T if self.fitted_prior else z
 
     def sample(self, count: int) -> Tensor:
         """x ~ p(x): `count` images (count, *shape) from codes of `sample_codes`."""
@@ -519,6 +526,7 @@ class IAE(nn.Module):
                              penalty_scale: float = 1.0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the discriminators descend, for data x and what `forward` made of them: all constants here.
 
+        A GAN of samples needs what `forward` makes in training mode (in evaluation mode it makes no samples).
         penalty_scale: what the penalties are multiplied by (lazy ones by k in each k-th step, by 0 in the others).
         Returns by discriminator the losses, and the real sides' logits (batch,) for `autoencoder_losses`.
         """

@@ -111,15 +111,10 @@ def fixed_classifier(x: Tensor, y: Tensor, folder: str, epochs: int | None = Non
     return classifier.eval()
 
 
-def confusions(predicted: Tensor, y: Tensor, classes: int) -> Tensor:
-    """The confusion matrix (classes, classes), counts: row the true label, column the label of x_hat."""
-    return torch.bincount(y * classes + predicted, minlength=classes * classes).view(classes, classes)
-
-
 def similar_share(matrix: Tensor) -> tuple[float, float]:
-    """Section 2.1.1's claim on a confusion matrix of ten digits: the share of all confusions that stay inside
+    """Section 2.1.1's claim on a `cross_table` of ten digits, true against found: the share of all confusions that stay inside
     {3, 5, 8} or {4, 9}, and the same share by chance, had each row's confusions fallen evenly on the nine others."""
-    matrix = matrix.double().cpu() * (1 - torch.eye(len(matrix)))
+    matrix = matrix * (1 - torch.eye(len(matrix)))
     inside = sum(matrix[a, b].item() for group in SIMILAR_DIGITS for a in group for b in group)
     chance = sum(matrix[a].sum().item() * (len(group) - 1) / 9 for group in SIMILAR_DIGITS for a in group)
     total = max(1.0, matrix.sum().item())
@@ -166,7 +161,7 @@ def side_colour_correlation(x: Tensor) -> float:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two sets of features (count, size)."""
     a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    cov_a, cov_b = (torch.cov(features.T).reshape(a.shape[1], a.shape[1]) for features in (a, b))
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
@@ -176,10 +171,11 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, float]:
     """Density and coverage (Naeem et al. 2020) of features (count, size). Density may exceed 1; coverage is in [0, 1].
 
-    Around each real point lies the ball that reaches its k-th nearest real neighbour. Density: in how many balls a
-    fake point lies, over k. Coverage: the share of balls with a fake point inside.
+    Around each real point, of two or more, lies the ball that reaches its k-th nearest real neighbour. Density: in how
+    many balls a fake point lies, over k. Coverage: the share of balls with a fake point inside.
     """
-    k = min(k, len(real) - 1)
+    k, centre = min(k, len(real) - 1), real.mean(0)
+    real, fake = real - centre, fake - centre  # far from 0 float32 would round the distances
     radius = torch.cat([torch.cdist(part, real).kthvalue(k + 1, dim=1).values for part in real.split(1000)])
     inside = torch.cat([torch.cdist(part, real) < radius for part in fake.split(1000)])  # (fake, real)
     return inside.sum().item() / (k * len(fake)), inside.any(0).double().mean().item()
@@ -256,7 +252,9 @@ def attributes_kept(classifier: Classifier, y: Tensor, real: Tensor, features: T
 
 
 def linear_probe(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor) -> float:
-    """Test accuracy of a multinomial logistic regression from codes (count, size) to labels, weight decay 1e-4."""
+    """Test accuracy of a multinomial logistic regression from codes (count, size) to labels, which descends the mean
+    cross-entropy and 1e-4 |weights|^2 of standardized codes."""
+    z, z_test = z.float(), z_test.float()
     mean, deviation = z.mean(0), z.std(0).clamp(min=1e-6)
     z, z_test = (z - mean) / deviation, (z_test - mean) / deviation
     weight = torch.zeros(z.shape[1] + 1, int(y.max()) + 1, device=z.device, requires_grad=True)
@@ -289,7 +287,7 @@ def draw(model: nn.Module, x: Tensor, draws: int = 1) -> tuple[Tensor | None, Te
 
 def cross_table(a: Tensor, b: Tensor, rows: int, columns: int) -> Tensor:
     """Counts (rows, columns), float64: how often a = row and b = column, of integer labellings a, b (count,)."""
-    return torch.bincount(a * columns + b, minlength=rows * columns).view(rows, columns).double().cpu()
+    return torch.bincount(a.long() * columns + b.long(), minlength=rows * columns).view(rows, columns).double().cpu()
 
 
 def normalized_mutual_information(a: Tensor, b: Tensor) -> float:
@@ -308,7 +306,8 @@ def adjusted_rand_index(counts: Tensor) -> float:
 
 
 def one_to_one(counts: Tensor) -> list[int]:
-    """The naming of clusters (rows) by classes (columns), each class once, that agrees most: exact, for up to 12 rows.
+    """The naming of clusters (rows) by classes (columns), each class once, that agrees most: exact, for up to 12 rows,
+    of which there are no more than columns.
 
     best[set of classes] holds the most agreement that the first clusters reach with just these classes.
     """
@@ -373,13 +372,15 @@ def vote_calibration(votes: Tensor, right: Tensor) -> dict:
     error_least_certain   the error among the tenth of the images whose draws agree least, of equals by chance
     error_rest            among the others
     draws_disagree        the share of images on which not all draws agree
-    calibration_error     mean |share of the draws that agree - accuracy| over ten equal groups by that share
+    calibration_error     mean |share of the draws that agree - accuracy| over ten equal groups by that share (fewer
+                          where there are fewer images)
     """
     mixed = torch.randperm(len(right)).to(right.device)  # most images have votes alike: their order must not matter
     agree, order = votes[mixed].max(1).values.sort(stable=True)
     right = right[mixed][order].double()
     tenth = max(1, len(right) // 10)
-    groups = zip(agree.double().chunk(10), right.chunk(10))
+    parts = min(10, len(right))
+    groups = zip(agree.double().tensor_split(parts), right.tensor_split(parts))
     return {"error_least_certain": 1 - right[:tenth].mean().item(), "error_rest": 1 - right[tenth:].mean().item(),
             "draws_disagree": (agree < 1).double().mean().item(),
             "calibration_error": sum(abs(a.mean() - r.mean()).item() * len(a) for a, r in groups) / len(agree)}
@@ -461,8 +462,8 @@ def evaluate_clusters(model: nn.Module, train: tuple, test: tuple, classifier: C
 def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier | None, count: int = 10000) -> dict:
     """Every number of a run on at most `count` test images, in plain Python; README's legend explains the names.
 
-    train, test: (x uint8, y) pairs, of two images or more. The noise is drawn from a fixed seed, and the caller's
-    random state is left as it was.
+    The model is in evaluation mode. train, test: (x uint8, y) pairs, of two images or more. The noise is drawn from a
+    fixed seed, and the random state of the CPU and of the images' device is left as it was.
     """
     shape, device, names = model.shape, train[0].device, getattr(test, "names", ())
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -521,8 +522,8 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
         numbers["predictions_kept"] = (on_reconstructions == on_data).double().mean().item()
         classes = max(len(shares), int(y.max()) + 1)
         if classes <= 100:  # more would be a large file, not a table
-            matrix = confusions(on_reconstructions, y, classes)
-            numbers["confusion_matrix"] = matrix.tolist()
+            matrix = cross_table(y, on_reconstructions, classes, classes)  # row the true label, column that of x_hat
+            numbers["confusion_matrix"] = matrix.long().tolist()
             if shape == (1, 28, 28) and classes == 10:
                 numbers["confusions_similar"], numbers["confusions_similar_chance"] = similar_share(matrix)
         rows = torch.randperm(len(train[0]))[:count].to(device)

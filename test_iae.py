@@ -211,6 +211,16 @@ def test_deformed_images_are_moved_by_no_more_than_stated_and_keep_their_range()
     assert torch.allclose(iae.deform(torch.full((3, 3, 16, 16), -1.0)), -torch.ones(1), atol=1e-5)
 
 
+@pytest.mark.parametrize("move", [iae.deform, lambda x: iae.ripple(x, 0.06)])
+def test_images_are_moved_as_far_in_bfloat16_as_in_float32(move):
+    x, moved = torch.rand(20, 1, 48, 48), []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            moved.append(move(x))
+    assert torch.allclose(*moved, atol=1e-5) and not torch.allclose(moved[0], x, atol=0.1)
+
+
 def test_ripples_move_pixels_smoothly_by_the_stated_deviation_and_keep_their_range():
     torch.manual_seed(0)
     slope = torch.linspace(0, 1, 28).expand(400, 1, 28, 28)  # a ramp reads off how far across a pixel was moved
@@ -583,6 +593,12 @@ def test_priors_and_the_fitted_gaussian():
     again = model.sample_codes(20000)
     assert (again.mean(0) - mixed.mean(0)).abs().max() < 0.1
     assert (torch.cov(again.T) - torch.cov(mixed.T)).abs().max() < 0.15
+    for enabled in (False, True):  # in bfloat16 training, whose codes stay in float32, too
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            codes = model.sample_codes(100)
+        first = codes if not enabled else first
+    assert torch.equal(codes, first)
     regularized = IAE.for_images(MNIST, 3, 2)  # samples from p(z), whatever q(z) is
     regularized.fit_gaussian(mixed)
     assert regularized.sample_codes(20000).mean(0).abs().max() < 0.05
@@ -601,6 +617,7 @@ def test_frechet_distance_of_gaussians():
     assert abs(metrics.frechet_distance(a, a)) < 1e-6
     c = torch.randn(200000, 2) @ torch.tensor([[1.0, 1.0], [0.0, 1.0]])  # does not commute with a's covariance
     assert metrics.frechet_distance(a, c) == pytest.approx(8 - 2 * 13**0.5, rel=0.03)
+    assert metrics.frechet_distance(a[:, :1], b[:, :1]) == pytest.approx(1 + (3 - 1) ** 2, rel=0.03)
 
 
 def test_mmd_is_unbiased_and_sees_a_shift():
@@ -633,12 +650,16 @@ def test_local_diversity_confusions_probe_density():
     z = F.one_hot(y, 3).float() + 0.1 * torch.randn(600, 3)
     assert metrics.linear_probe(z, y, z, y) == 1.0
     assert metrics.linear_probe(z, y, torch.randn(600, 3), y) < 0.5
+    assert metrics.linear_probe(z.double(), y, z.double(), y) == 1.0
     points = torch.randn(500, 2)
     density, coverage = metrics.density_coverage(points, points)
     assert coverage == 1 and 0.95 < density < 1.1
     density, coverage = metrics.density_coverage(points, points[:1].expand(500, 2))  # collapsed: one point
     assert coverage < 0.05
     assert metrics.density_coverage(points, points + 100) == (0, 0)
+    others = torch.randn(500, 2)
+    near, far = metrics.density_coverage(points, others), metrics.density_coverage(points + 300, others + 300)
+    assert far == pytest.approx(near, abs=0.01)  # nor does it matter where they lie
 
 
 # ------------------------------------------------------------------------------------------------------ discrete codes
@@ -701,6 +722,8 @@ def test_one_to_one_and_rand_index_against_enumeration():
     pairs = [(i, j) for i in range(60) for j in range(i)]
     same_a, same_b = (torch.tensor([bool(c[i] == c[j]) for i, j in pairs]).double() for c in (a, b))
     both, chance, most = (same_a * same_b).sum(), same_a.sum() * same_b.sum() / len(pairs), (same_a + same_b).sum() / 2
+    assert torch.equal(metrics.cross_table(a.byte() + 16, b.byte() + 16, 20, 19)[16:, 16:],
+                       metrics.cross_table(a, b, 4, 3))  # the product of a byte and 19 does not fit into a byte
     ari = metrics.adjusted_rand_index(metrics.cross_table(a, b, 4, 3))
     assert ari == pytest.approx(((both - chance) / (most - chance)).item())
 
@@ -3477,11 +3500,15 @@ def test_paired_regularization_is_a_relativistic_gan_whose_real_side_is_constant
 
 
 def test_the_flipped_recognition_network_of_a_gaussian_code_ends_without_batch_norm():
-    model = FIAE.for_images(MNIST, 4, 0)
+    model = FIAE.for_images(MNIST, 4, 0, objective="paired")
     assert not any(isinstance(module, nn.BatchNorm1d) for module in model.recognition.modules())
     assert model.reconstruction_discriminator.distance
-    model = FIAE.for_images(MNIST, 4, 0, prior="categorical")
+    model = FIAE.for_images(MNIST, 4, 0, prior="categorical", objective="paired")
     assert isinstance(model.recognition.norm, nn.BatchNorm1d) and model.reconstruction_discriminator.projection
+    for prior, condition in (("gaussian", iae.LocationDependent), ("categorical", iae.LocationInvariant)):
+        model = FIAE.for_images(MNIST, 4, 0, prior=prior)  # Eq. 1: as in D.1 and D.2
+        assert isinstance(model.recognition.norm, nn.BatchNorm1d)
+        assert isinstance(model.reconstruction_discriminator.condition, condition)
 
 
 def test_infogan_loss_is_gaussian_nll():
@@ -4016,7 +4043,7 @@ def test_lazy_penalties_have_the_same_mean():
 def test_one_pass_of_both_sides_equals_two():
     """`together`, of a discriminator without batch statistics: the same loss, gradients and real logits."""
     critic, told = iae.CodeDiscriminator(3), []
-    real, fake = torch.randn(2, 5, 3)
+    real, fake = torch.randn(5, 3), torch.randn(4, 3)
     for together in (False, True):
         critic.zero_grad()
         loss, logits = iae.discriminate(critic, (real,), (fake,), penalty=0.3, together=together)
