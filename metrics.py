@@ -112,8 +112,9 @@ def fixed_classifier(x: Tensor, y: Tensor, folder: str, epochs: int | None = Non
 
 
 def similar_share(matrix: Tensor) -> tuple[float, float]:
-    """Section 2.1.1's claim on a `cross_table` of ten digits, true against found: the share of all confusions that stay inside
-    {3, 5, 8} or {4, 9}, and the same share by chance, had each row's confusions fallen evenly on the nine others."""
+    """Section 2.1.1's claim on a `cross_table` of ten digits, true against found: the share of all confusions that stay
+    inside {3, 5, 8} or {4, 9}, and the same share by chance, had each row's confusions fallen evenly on the nine
+    others."""
     matrix = matrix * (1 - torch.eye(len(matrix)))
     inside = sum(matrix[a, b].item() for group in SIMILAR_DIGITS for a in group for b in group)
     chance = sum(matrix[a].sum().item() * (len(group) - 1) / 9 for group in SIMILAR_DIGITS for a in group)
@@ -610,7 +611,7 @@ def table(paths: list[str]) -> str:
         *number("Frechet distance of samples", "frechet_samples", 1, 2),
         *number("its floor, training against test images", "frechet_floor", 1, 2),
         *number("samples classified with confidence above .9, %", "samples_confident", 100, 1),
-        *row("least and largest class among them, %", shares),
+        *row("least and largest class of all samples, %", shares),
         *number("confident inside a class, %", "samples_confident_inside", 100, 1),
         *number("confident on borders, %", "samples_confident_border", 100, 1),
         *number("neighbours of a prior code that agree, %", "neighbours_agree_prior", 100, 1),

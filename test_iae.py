@@ -4490,7 +4490,8 @@ def test_a_toys_file_says_how_it_was_made(tmp_path):
     arguments = ["mixture", "--steps", "3", "--batch", "8", "--width", "8", "--out", str(tmp_path)]
     toy.main(arguments)
     made = json.loads((tmp_path / "toy_mixture.json").read_text())
-    assert made["command"] == shlex.join(["python", "toy.py", *arguments]) and made["host"]["commit"]
+    assert made["command"] == shlex.join(["python", "toy.py", *arguments])
+    assert made["host"]["commit"] == train.commit_of_this_code()
     assert made["settings"]["batch"] == 8 and made["settings"]["rate"]["mixture"] == toy.RATES["mixture"]
     code, mode = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 1, 2, 2])
     assert toy.clustering_accuracy(code, mode) == pytest.approx(5 / 6)

@@ -560,7 +560,7 @@ def save_numbers(path: Path, options: argparse.Namespace, numbers: dict, wall: f
     settings = dict(steps=options.steps or STEPS, batch=options.batch or BATCHES, width=options.width or WIDTHS,
                     rate=options.rate or RATES, penalty=options.penalty, info_weight=options.info_weight)
     write_json(str(path), dict(command=options.command, seeds=options.seeds, recipe=options.recipe, settings=settings,
-                               wall_seconds=round(wall, 1), host=host_facts(torch.device("cpu")), results=results))
+                               wall_seconds=round(wall, 1), host=options.host, results=results))
     print(f"  saved {path}")
 
 
@@ -686,6 +686,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--figures", type=Path, help="folder of the figures (default: that of --out)")
     options = parser.parse_args(arguments)
     options.command = shlex.join(["python", "toy.py", *(sys.argv[1:] if arguments is None else arguments)])
+    options.host = host_facts(torch.device("cpu"))
     options.figures = options.figures or options.out
     options.toys = [name for toy in options.toys or ["mixture", "four-points"]
                     for name in (("ring", "grid") if toy == "standards" else (toy,))]

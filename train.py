@@ -10,6 +10,7 @@ The algorithm is `train`; around it stand the settings, the folder of a run, and
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -696,21 +697,26 @@ def lock(folder: str):
     return file
 
 
-def host_facts(device: torch.device) -> dict:
-    """What a number depends on besides its settings: versions, commit, device."""
+@functools.cache  # a sweep's later seeds are of the code that its process began with
+def commit_of_this_code() -> str:
+    """The commit that this file lies in, with "-dirty" where the files differ from it; "unknown" without git."""
     here = os.path.dirname(os.path.abspath(__file__))
     git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+        return subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
     except (OSError, subprocess.TimeoutExpired):
-        commit = ""
+        return "unknown"
+
+
+def host_facts(device: torch.device) -> dict:
+    """What a number depends on besides its settings: versions, commit, device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             models = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
         name = models[0] if models else name
     return {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
-            "commit": commit or "unknown", "hardware": name, "threads": torch.get_num_threads()}
+            "commit": commit_of_this_code(), "hardware": name, "threads": torch.get_num_threads()}
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
