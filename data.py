@@ -118,7 +118,7 @@ def load_dataset(name: str, data_dir="data", validation: int = 0, device="cpu", 
         raise InputError(f"--extra belongs to --dataset svhn; drop it for {name!r}")
     folder = name not in ("", "mnist", "svhn", "celeba") and os.path.isdir(name)
     if image_size is not None and not folder:
-        if name in ("mnist", "svhn", "celeba") or name.endswith(".npz"):
+        if name in ("mnist", "svhn", "celeba") or name.lower().endswith(".npz"):
             raise InputError(f"--image-size belongs to a folder of pictures; drop it for {name!r}")
         raise InputError(f"{name}: no such folder; give by --dataset where the pictures lie")
     try:
@@ -132,10 +132,10 @@ def load_dataset(name: str, data_dir="data", validation: int = 0, device="cpu", 
                 train, test = load_mnist(Path(data_dir))
             elif name == "svhn":
                 train, test = load_svhn(Path(data_dir), extra)
-            elif name.endswith(".npz"):
-                train, test = load_npz(Path(name))
             elif folder:
                 train, test = load_folder(Path(name), image_size)
+            elif name.lower().endswith(".npz"):
+                train, test = load_npz(Path(name))
             else:
                 raise InputError(f"unknown dataset {name!r}: use mnist, svhn, celeba, or the path of an .npz file or "
                                  "a folder of pictures")
@@ -323,7 +323,9 @@ def load_svhn(data_dir: Path, extra: bool) -> tuple[Images, Images]:
             parts[name] = read_svhn(path, most)
             if not is_official(path, size, md5):
                 partial.append(f"{name} has {len(parts[name].x)} of {most} images")
-        except (OSError, ValueError, zlib.error) as error:
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({brief(error)}); check its permissions") from None
+        except (ValueError, zlib.error) as error:
             hint = "delete it, and the next run fetches it"
             raise InputError(f"{path}: cannot be read ({brief(error)}); {hint}") from None
     warn_of_partial("svhn", partial)
@@ -402,27 +404,29 @@ def load_celeba(data_dir: Path) -> tuple[Images, Images, Images]:
 def prepare_celeba(source: Path | None, kept: Path) -> tuple[np.ndarray, np.ndarray]:
     """(official image numbers int32 (N,), uint8 (N, 3, 48, 48)) from the zip or folder `source`, or as kept of it.
 
-    The file `kept` is a line that says what it was made from, the numbers, the images. Raises InputError.
+    The file `kept` is a line that says what it was made from and counts the images, the numbers, the images. Raises
+    InputError.
     """
-    made = "CelebA 48x48, format 1, of"
+    made = "CelebA 48x48, format 2, of"
     if source is not None:
         try:
             state = source.stat()
             count = len(os.listdir(source)) if source.is_dir() else state.st_size
         except OSError as error:
             raise InputError(f"{source}: cannot be read ({brief(error)}); check its permissions") from None
-        made += f" {source.name}, {count}, changed {state.st_mtime_ns}\n"
+        made += f" {source.name}, {count}, changed {state.st_mtime_ns}, "
     try:
         with open(kept, "rb") as file:
             line, image = file.readline(200), 3 * CELEBA_SIZE**2
             count, rest = divmod(os.fstat(file.fileno()).st_size - len(line), 4 + image)
-            if line.startswith(made.encode()) and count > 0 and rest == 0:
+            if line.startswith(made.encode()) and line.endswith(b", %d images\n" % count) and rest == 0:
                 return (np.fromfile(file, "<i4", count),
                         np.fromfile(file, np.uint8, count * image).reshape(count, 3, CELEBA_SIZE, CELEBA_SIZE))
     except OSError:
         pass  # made anew
     if source is None:
-        raise InputError(f"{kept}: damaged, with nothing to make it from; delete it, and the next run fetches that")
+        raise InputError(f"{kept}: damaged or not readable, with nothing to make it from; delete it, and the next run "
+                         "fetches that")
     print(f"celeba: preparing {source} (once)", file=sys.stderr, flush=True)
     try:
         with contextlib.ExitStack() as stack:
@@ -448,7 +452,7 @@ def prepare_celeba(source: Path | None, kept: Path) -> tuple[np.ndarray, np.ndar
         raise InputError(f"{source}: cannot be read ({brief(error)}); use another copy of it") from None
     numbers = np.array([int(names[row][:6]) for row in rows], "<i4")
     try:
-        save(kept, made.encode(), numbers, x)
+        save(kept, f"{made}{len(x)} images\n".encode(), numbers, x)
     except InputError as error:
         print(f"warning: celeba: made anew at the next start: {error}", file=sys.stderr)
     return numbers, x
@@ -533,9 +537,9 @@ def load_folder(folder: Path, image_size: int | None) -> tuple[Images, Images]:
     """(train, test) of a folder of pictures, searched through and sorted; a tenth is the test part (`load_npz`).
 
     Files ending in PICTURE_ENDS count; hidden ones, and those in hidden folders, do not. Each picture becomes RGB (a
-    palette is looked up, transparency put on white, 16 bits cut to 8, the first frame taken, EXIF rotation not
-    applied), is cut to its central square and brought to image_size x image_size, smoothed where that is smaller; a
-    small one is enlarged.
+    palette is looked up, transparency put on white, but for the key colour of a PNG of 2, 4 or 16 bits, 16 bits cut
+    to 8, the first frame taken, EXIF rotation not applied), is cut to its central square and brought to image_size x
+    image_size, smoothed where that is smaller; a small one is enlarged.
     Without image_size all pictures must have one size that a layout of iae.py fits, and stay as they are. Where all
     are grey x has one channel. Where every picture lies in a sub-folder of its own class, one level down, and there are
     two of these or more, y counts their sorted names. Links to folders are followed, each folder once. A broken, too
@@ -554,7 +558,8 @@ def load_folder(folder: Path, image_size: int | None) -> tuple[Images, Images]:
             continue
         seen.add(place)
         paths += [Path(where, name) for name in names if name.lower().endswith(PICTURE_ENDS) and name[0] != "."]
-    paths = sorted(path for path in paths if os.path.isfile(path))
+    # Links that lead nowhere, and files of a closed folder, are broken pictures; folders and pipes are none.
+    paths = sorted(path for path in paths if os.path.isfile(path) or not os.path.exists(path))
     if not paths:
         raise InputError(f"{folder}: no pictures in it; give a folder of {', '.join(PICTURE_ENDS)} files")
     if image_size is None:
@@ -993,6 +998,8 @@ def save(path: Path, *pieces):
             with open(part, "wb") as file:
                 for piece in pieces:
                     file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)

@@ -2581,6 +2581,33 @@ def test_celeba(tmp_path, capsys, monkeypatch):
                                                             "prepared-48.bin"]
 
 
+def test_a_cut_prepared_file_is_made_anew(tmp_path):
+    """Cut by just one image's bytes its size still fits a count of images, but not the count that it tells."""
+    put(tmp_path, {"img_align_celeba.zip": celeba_zip(faces(9)), **celeba_lists(9)})
+    x = data.load_dataset("celeba", tmp_path)["train"].x
+    kept = tmp_path / "celeba" / "prepared-48.bin"
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-(4 + 3 * 48 * 48)])
+    assert torch.equal(data.load_dataset("celeba", tmp_path)["train"].x, x)
+    assert kept.read_bytes() == whole
+
+
+def test_one_test_image_is_too_few(tmp_path, tiny_svhn, capsys):
+    put(tmp_path, {**tiny_svhn, "test_32x32.mat": svhn_mat(*digits_of(1))})
+    run("--dataset", "svhn", "--data-dir", tmp_path, "--steps", 1, "--out", tmp_path / "run", expect=2)
+    assert "one image to test" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_file_that_may_not_be_read_is_not_to_be_deleted(tmp_path, tiny_svhn, monkeypatch):
+    def closed(path, most):
+        raise PermissionError(13, "Permission denied")
+
+    put(tmp_path, tiny_svhn)
+    monkeypatch.setattr(data, "read_svhn", closed)
+    message = one_line(data.load_dataset, "svhn", tmp_path)
+    assert "check its permissions" in message and "delete" not in message
+
+
 def test_one_broken_jpeg_is_skipped_and_many_stop_the_run(tmp_path, capsys):
     bodies = faces(150)
     bodies["img_align_celeba/000004.jpg"] = bodies["img_align_celeba/000004.jpg"][:900]
@@ -2655,6 +2682,28 @@ def test_links_to_folders_are_followed_once(tmp_path):
     os.symlink(tmp_path / "mine", tmp_path / "mine" / "loop")
     parts = data.load_dataset(str(tmp_path / "mine"))
     assert parts["train"].names == ("birds", "cats", "dogs") and len(parts["train"].x) + len(parts["test"].x) == 18
+
+
+def test_pictures_that_cannot_be_opened_are_counted(tmp_path):
+    """A class whose links lead nowhere is not dropped without a word, and with it the labels of the other."""
+    for name in ("cats", "dogs"):
+        put(tmp_path / "store" / name, {f"{i}.png": picture("PNG", "L", (28, 28)) for i in range(6)})
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for i in range(6):
+            os.symlink(tmp_path / "store" / name / f"{i}.png", tmp_path / "mine" / name / f"{i}.png")
+    assert data.load_dataset(str(tmp_path / "mine"))["train"].names == ("cats", "dogs")
+    os.rename(tmp_path / "store" / "cats", tmp_path / "store" / "birds")
+    for size in (None, 28):
+        message = one_line(data.load_dataset, str(tmp_path / "mine"), image_size=size)
+        assert "6 of 12 pictures cannot be read" in message
+
+
+def test_an_ending_is_read_as_users_write_it(tmp_path):
+    put(tmp_path / "faces.npz", {f"{i}.png": picture("PNG", "L", (28, 28)) for i in range(6)})
+    assert len(data.load_dataset(str(tmp_path / "faces.npz"))["train"].x) == 4
+    np.savez(tmp_path / "x.npz", x=np.zeros((8, 8, 8), np.uint8))
+    os.rename(tmp_path / "x.npz", tmp_path / "X.NPZ")
+    assert len(data.load_dataset(str(tmp_path / "X.NPZ"))["test"].x) == 2
 
 
 def test_one_class_is_no_label(tmp_path):

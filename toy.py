@@ -368,8 +368,8 @@ def border_alignment(network: nn.Module, points: Tensor, seeds: int, side: int =
 
 def overlap(q: Tensor) -> float:
     """Share of the mass of q (points, count, 2), one posterior a point, where another point's is the denser: the error
-    of guessing the point from z. Densities by histogram, cells of .2; .75 all four alike. Posteriors that only touch
-    have 0 to .05, of the cells that a border crosses."""
+    of guessing the point from z. Densities by histogram, cells of .2; .75 all four alike (.69 of 10,000 draws, by
+    chance). Posteriors that only touch have 0 to .05, of the cells that a border crosses."""
     cells = ((q.nan_to_num().clamp(-4, 3.999) + 4) / 0.2).long()  # (points, count, 2), 40 x 40 cells
     counts = torch.stack([torch.bincount(c[:, 0] * 40 + c[:, 1], minlength=1600) for c in cells])  # (points, 1600)
     return 1 - (counts.max(0).values.sum() / counts.sum()).item()

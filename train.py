@@ -1134,6 +1134,8 @@ def start(args: argparse.Namespace, first: dict | None = None) -> tuple[Run, dic
     """A new run, its data and its folder; `first` has the settings of a sweep's first run."""
     data = load_dataset(args.dataset, args.data_dir, args.validation, pick_device(args.device), args.extra,
                         args.image_size)
+    if not args.validation and len(data["test"].x) < 2:
+        raise InputError(f"{args.dataset}: one image to test, and metrics need two; give more, or --validation")
     settings = settings_of(args, data)
     refuse_unlike(settings, first)
     run = Run(settings)
