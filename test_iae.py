@@ -1098,6 +1098,68 @@ def test_a_resumed_run_goes_on_judging_where_it_was(digits, tmp_path, tiny, monk
     assert state.judged == logged[:2] and len(logged) == 3
 
 
+def test_more_steps_than_a_checkpoint_may_hold_are_refused(digits, tmp_path, tiny, capsys):
+    run("--dataset", digits, *TINY, "--epochs", 1e9, "--out", tmp_path / "run", expect=2)
+    assert "--epochs 1e+09: 33000000000 steps" in last_line(capsys) and not (tmp_path / "run").exists()
+    run("--dataset", digits, *TINY, "--steps", 1, "--out", tmp_path / "run")
+    run("--resume", tmp_path / "run", "--epochs", 1e9, expect=2)
+    assert train.read_checkpoint(str(tmp_path / "run"))["settings"]["steps"] == 1
+
+
+def test_a_verdict_is_not_given_again_at_a_resume(digits, tmp_path, tiny, monkeypatch, capsys):
+    run("--dataset", digits, *TINY, "--steps", 60, "--out", tmp_path / "run")
+    lines = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(
+        json.dumps({**line, "reconstruction_discriminator": 1.0}) + "\n" for line in lines))
+    monkeypatch.setattr(train, "JUDGED_STEPS", 40)
+    capsys.readouterr()
+    run("--resume", tmp_path / "run", "--steps", 80)
+    assert "learns nothing" not in capsys.readouterr().err
+
+
+def test_speed_and_eta_are_of_this_process(digits, tiny, tmp_path):
+    """A run may go on with a GPU: the hours on the CPU say nothing of what is left."""
+    state, loaded = a_run(digits)
+    slow = state.state_dict() | {"step": 20, "seconds": 4000.0}
+    state.load_state_dict(slow)
+    state.step, state.seconds = 40, 4002.0
+    assert "step 40/80  10.0/s  ETA 0:00:04 " in train.log_losses(state, {}, str(tmp_path))
+
+
+def test_progress_on_a_terminal_is_one_row_written_over(digits, tiny, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        isatty = lambda self: True  # noqa: E731
+
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("COLUMNS", "50")
+    state, loaded = a_run(digits)
+    train.train(state, loaded, str(tmp_path), train.Stop())
+    rows = shown.getvalue().split("\r")
+    assert len(rows) == 4 and all(len(row) == 49 and row.startswith("step ") for row in rows[:3])
+    assert rows[3].startswith("step 80/80") and rows[3].endswith("\n")
+
+
+@pytest.mark.parametrize("given, wanted", [((), ["cuda:1", "auto"]), (("--device", "cpu"), ["cpu"])])
+def test_a_run_goes_on_where_it_was_made_if_it_can(given, wanted, digits, tmp_path, tiny, monkeypatch):
+    run("--dataset", digits, *TINY, "--steps", 1, "--out", tmp_path / "run")
+    path, asked = tmp_path / "run" / "checkpoint.pt", []
+    state = torch.load(path, weights_only=True)
+    state["settings"]["device"] = "cuda:1"
+    torch.save(state, path)
+
+    def pick(name):
+        asked.append(name)
+        if name == "cuda:1":
+            raise InputError("not there")
+        return torch.device("cpu")
+
+    monkeypatch.setattr(train, "pick_device", pick)
+    run("--resume", tmp_path / "run", "--steps", 2, *given)
+    assert asked == wanted
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["device"] == "cpu"
+
+
 def relabelled(digits, labels, tmp_path, *options):
     """Settings and data of a three-step run on the images of `digits` with these labels."""
     with np.load(digits) as arrays:
@@ -1178,6 +1240,14 @@ def test_a_sweep_goes_on_where_it_was_cut_off(digits, tmp_path, monkeypatch, cap
     assert swept["seeds"] == [0, 1] and kept["each"] == each and kept["mean"] == pytest.approx(sum(each) / 2)
     assert kept["deviation"] == pytest.approx(abs(each[0] - each[1]) / 2**0.5)
     run(*command, "--seeds", 0, 1, "--precision", "auto")
+    final = (out / "seed-0" / "final.json").read_text()
+    for damaged in ("{", "[]", "{}", '{"settings": {}}'):
+        (out / "seed-0" / "final.json").write_text(damaged)
+        run(*command, "--seeds", 0, 1, expect=2)
+        assert "remove it, and it is made again" in last_line(capsys)
+    (out / "seed-0" / "final.json").unlink()
+    run(*command, "--seeds", 0, 1)
+    assert json.loads((out / "seed-0" / "final.json").read_text())["metrics"] == json.loads(final)["metrics"]
     images = json.loads((out / "seed-0" / "final.json").read_text())["settings"]["data"]["train"]["images"]
     longer = [part for part in command if part not in ("--steps", 2)]
     run(*longer, "--seeds", 0, "--epochs", 4 / (images // COMMON[-1]))  # four steps: two more
@@ -1224,6 +1294,8 @@ def test_own_images_may_move_but_not_hold_their_runs(digits, tmp_path, monkeypat
     small = ("--dataset", ".", "--global", 2, "--local", 2, "--batch-size", 4, "--steps", 1)
     run(*small, expect=2)
     assert "pictures-2-2-0 lies among the pictures" in last_line(capsys) and not os.path.exists("runs")
+    run(*small, "--out", ".", expect=2)
+    assert ". lies among the pictures" in last_line(capsys) and not os.path.exists("config.json")
     run(*small, "--out", tmp_path / "outside")
 
 
@@ -1282,6 +1354,10 @@ def test_two_runs_into_one_folder_are_refused(digits, tmp_path, capsys):
     run("--dataset", digits, *COMMON, "--steps", 1, "--out", out, "--data-dir", cache)
     run("--dataset", digits, *COMMON, "--steps", 1, "--out", out, "--data-dir", cache, expect=2)
     assert "holds a run already" in capsys.readouterr().err
+    shutil.copytree(out, tmp_path / "lost")
+    os.remove(tmp_path / "lost" / "checkpoint.pt")
+    run("--dataset", digits, *COMMON, "--steps", 1, "--out", tmp_path / "lost", "--data-dir", cache, expect=2)
+    assert "has lost its checkpoint.pt" in last_line(capsys)
     code = ("import train, sys, time; held = train.lock(sys.argv[1]); print('held', flush=True); time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", code, out], cwd=HERE, stdout=subprocess.PIPE, text=True)
     try:
@@ -1573,6 +1649,14 @@ def test_ctrl_c_while_pictures_are_drawn_saves_what_it_says(pictures, tmp_path, 
     run("--dataset", pictures, *TINY, "--steps", 200, "--out", tmp_path / "run", expect=130)
     step = train.read_checkpoint(str(tmp_path / "run"))["step"]
     assert step in (100, 101) and f"stopped at step {step};" in capsys.readouterr().err
+    drawn.clear()  # after the last step it ends too, with all that training made, and what is left is to measure
+    out = tmp_path / "my run"
+    run("--dataset", pictures, *TINY, "--steps", 20, "--out", out, expect=130)
+    said = capsys.readouterr().err
+    assert f"stopped at step 20; go on with: python train.py --resume '{out}'" in said and "measuring" not in said
+    assert train.read_checkpoint(str(out))["step"] == 20 and not (out / "final.json").exists()
+    run("--resume", out)
+    assert json.loads((out / "final.json").read_text())["steps"] == 20
 
 
 def test_a_second_ctrl_c_ends_at_once_and_without_a_traceback(pictures, tmp_path, tiny, monkeypatch, capsys):
@@ -1902,7 +1986,13 @@ def test_many_steps_take_no_more_memory_or_time_a_step(digits, tmp_path, tiny, m
     (("--labels", 1, "--prior", "categorical"), "--labels 1"), (("--epochs", 1e308), "--epochs"),
     (("--validation", 269), "use 0 to 268"), (("--benchmark", "--seeds", 1, 2, "--out", "x"), "--benchmark"),
     (("--from", "x", "--sample", 3, "--reconstruct", "y.png"), "--from RUN"),
-    (("--global", 0, "--euclidean"), "--euclidean"), (("--dataset", "missing.npz"), "missing.npz")])
+    (("--global", 0, "--euclidean"), "--euclidean"), (("--dataset", "missing.npz"), "missing.npz"),
+    (("--resume", ""), "--resume: its value is empty"),
+    (("--init", ""), "--init: its value is empty"), (("--from", "", "--sample", 3), "--from"),
+    (("--from", "x", "--sample", 3, "--resume", "x"), "drop --resume"),
+    (("--euclidean", "--positive-gradient"), "--positive-gradient"),
+    (("--benchmark", "--labels", 20, "--prior", "categorical"), "--labels"),
+    (("--global", 2**31 - 1, "--local", 2**31 - 1, "--noise", 2**31 - 1), "too little memory")])
 def test_bad_input_is_one_line_and_status_2(argv, says, digits, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("--dataset", digits, "--steps", 1, *argv, expect=2)

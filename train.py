@@ -15,6 +15,8 @@ import json
 import math
 import os
 import platform
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +120,7 @@ CHOICES = {
 }
 PROJECT, FORMAT = "implicit-autoencoders", 4  # what a checkpoint says it is
 SAVE_SECONDS = 120  # between checkpoints
+STOPPED = "stopped; what was saved is whole, and a run that has a folder goes on with --resume"
 JUDGED_STEPS = 400  # a discriminator or code that shows nothing by then is named in the log
 
 
@@ -158,6 +161,7 @@ class Run:
 
     def __init__(self, settings: dict):
         self.settings, self.step, self.seconds = settings, 0, 0.0
+        self.taken_up = 0, 0.0  # the step and seconds that this process began at: the speed shown is its own
         self.captured = {}  # by penalty_scale
         self.judged, self.warned = [], set()  # of `warn_of_dead_discriminator`, `warn`
         self.device = torch.device(settings["device"])
@@ -223,7 +227,7 @@ class Run:
 
     def load_state_dict(self, state: dict) -> None:
         """Take up where `state` was saved; together with `batch_indices` this is all a bit-exact resume needs."""
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds = self.taken_up = state["step"], state["seconds"]
         self.captured = {}  # a graph would go on with the optimizers' old state
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
@@ -378,7 +382,7 @@ class Stop:
 def train(run: Run, data: dict, folder: str, stop: Stop) -> bool:
     """Train up to settings["steps"] and keep the folder current. False where `stop` ended it before."""
     settings, x_train, held = run.settings, data["train"].x, data["validation" if len(data["validation"].x) else "test"]
-    terminal = sys.stderr.isatty()
+    terminal, columns = sys.stderr.isatty(), shutil.get_terminal_size().columns - 1
     clock = saved = printed = time.monotonic()
     chosen, labelled = torch.tensor(settings["labelled_rows"], device=run.device), None
     last = False
@@ -399,7 +403,9 @@ def train(run: Run, data: dict, folder: str, stop: Stop) -> bool:
         run.seconds += time.monotonic() - clock
         line = log_losses(run, losses, folder)
         if terminal or last or time.monotonic() - printed > 15 or run.step == 20:
-            print(line, end="\r" if terminal and not last else "\n", file=sys.stderr, flush=True)
+            over = terminal and not last  # the next line is written over this one, which must fill one row
+            print(line[:columns].ljust(columns) if over else line.ljust(columns * terminal),
+                  end="\r" if over else "\n", file=sys.stderr, flush=True)
             printed = time.monotonic()
         if run.step in (100, 200, 400) or run.step % 1000 == 0 or last:
             model = refresh_average(run, x_train)
@@ -410,7 +416,7 @@ def train(run: Run, data: dict, folder: str, stop: Stop) -> bool:
             save_checkpoint(run, folder, x_train)
             saved = time.monotonic()
         clock = time.monotonic()  # pictures and checkpoints do not count as training time
-    return run.step >= settings["steps"]
+    return run.step >= settings["steps"] and not stop.asked
 
 
 def save_checkpoint(run: Run, folder: str, x: torch.Tensor) -> None:
@@ -436,7 +442,8 @@ def log_losses(run: Run, losses: dict, folder: str) -> str:
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error.strerror}); mend that, then go on with --resume") from None
     warn_of_dead_discriminator(run, numbers)
-    steps, speed = run.settings["steps"], run.step / max(run.seconds, 1e-9)
+    steps, (step, seconds) = run.settings["steps"], run.taken_up
+    speed = (run.step - step) / max(run.seconds - seconds, 1e-9)
     left = int((steps - run.step) / speed)
     eta = f"{left // 3600}:{left % 3600 // 60:02}:{left % 60:02}"
     short = "  ".join(f"{name.replace('_discriminator', ' D')} {number:.3f}" for name, number in numbers.items())
@@ -451,12 +458,17 @@ def warn(run: Run, kind: str, text: str) -> None:
         print(f"{end_of_progress}warning: step {run.step}: {text}", file=sys.stderr, flush=True)
 
 
+def discriminator_of_images(model: IAE | FIAE) -> str:
+    """The name of the discriminator that `warn_of_dead_discriminator` judges."""
+    return "regularization_discriminator" if isinstance(model, FIAE) else "reconstruction_discriminator"
+
+
 def warn_of_dead_discriminator(run: Run, numbers: dict) -> None:
     """Notices a discriminator of images whose loss never fell below what constant logits give.
 
     The discriminators of codes are not judged: there that value is also what a q(z) equal to p(z) gives.
     """
-    name = "regularization_discriminator" if isinstance(run.model, FIAE) else "reconstruction_discriminator"
+    name = discriminator_of_images(run.model)
     if name not in numbers or len(run.judged) == JUDGED_STEPS // 20:
         return
     run.judged.append(numbers[name])
@@ -494,7 +506,7 @@ def finish(run: Run, data: dict, folder: str, data_dir: str) -> dict:
     split = "validation" if len(data["validation"].x) else "test"
     train_set, test_set = data["train"], data[split]
     classifier = None
-    if test_set.y is not None and len(test_set.x) > 1:
+    if test_set.y is not None:
         classifier = fixed_classifier(train_set.x, train_set.y, data_dir)
     print(f"measuring on the {split} images ...", file=sys.stderr)
     numbers = evaluate(run.averaged, train_set, test_set, classifier)
@@ -527,7 +539,7 @@ def write(path: str, save) -> None:
     except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
         with contextlib.suppress(OSError):
             os.remove(path + ".part")
-        raise InputError(f"cannot write {path} ({brief(error)}); free space there, or choose another --out") from None
+        raise InputError(f"cannot write {path} ({brief(error)}); free space there, or use another folder") from None
 
 
 def write_json(path: str, content: dict) -> None:
@@ -662,7 +674,7 @@ def new_folder(run: Run) -> str:
         path = next(f"{stem}-{i}" for i in range(10**6) if not os.path.exists(f"{stem}-{i}"))
     inside, pictures = os.path.realpath(path), os.path.realpath(settings["dataset"])
     own = settings["dataset"] not in ("mnist", "svhn", "celeba") and os.path.isdir(pictures)
-    if own and inside.startswith(os.path.join(pictures, "")):
+    if own and os.path.join(inside, "").startswith(os.path.join(pictures, "")):
         raise InputError(f"{path} lies among the pictures of {settings['dataset']}, where figures would become some "
                          "more; choose an --out outside")
     try:
@@ -670,8 +682,10 @@ def new_folder(run: Run) -> str:
     except OSError as error:
         raise InputError(f"cannot write to {path}: {error.strerror}; choose another folder with --out") from None
     run.lock = lock(path)
-    if any(os.path.exists(os.path.join(path, name)) for name in ("config.json", "checkpoint.pt")):
+    if os.path.exists(os.path.join(path, "checkpoint.pt")):
         raise InputError(f"{path} holds a run already; choose another --out, or go on with --resume {path}")
+    if os.path.exists(os.path.join(path, "config.json")):
+        raise InputError(f"{path} holds a run that has lost its checkpoint.pt; choose another --out, or remove it")
     run.host = host_facts(run.device)
     write(os.path.join(path, "checkpoint.pt"), lambda part: torch.save(run.state_dict(), part))
     write_json(os.path.join(path, "config.json"), {**settings, "host": run.host})
@@ -686,7 +700,7 @@ def lock(folder: str):
     try:
         file = open(os.path.join(folder, "lock"), "w")
     except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from None
+        raise InputError(f"cannot write to {folder}: {error.strerror}; mend that, or use another folder") from None
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1016,6 +1030,8 @@ def check(error, args: argparse.Namespace) -> None:
         error(f"--averaging {args.averaging}: must be at least 0 and below 1")
     if args.decay is not None and not 0 <= args.decay <= 1:
         error(f"--decay {args.decay}: must be from 0 to 1")
+    if args.euclidean and args.positive_gradient:
+        error("--euclidean has no reconstruction GAN: drop --positive-gradient")
     if args.validation == 1:
         error("--validation 1: a spread needs 2 images or more")
     if args.batch_size < 2:
@@ -1024,8 +1040,13 @@ def check(error, args: argparse.Namespace) -> None:
         error("--sample and --reconstruct need a trained model: name it by --from RUN")
     if sizes["from"] and bool(args.sample) == bool(args.reconstruct):
         error("--from RUN: say what to make with it, --sample COUNT or --reconstruct PICTURE")
-    if args.benchmark and (args.resume or args.seeds or args.init):
-        error("--benchmark trains a new model for some steps: drop --resume, --seeds and --init")
+    if sizes["from"] and (args.resume or args.init or args.seeds):
+        error("--from uses a trained model: drop --resume, --init and --seeds")
+    if args.benchmark and (args.resume or args.seeds or args.init or args.labels):
+        error("--benchmark trains a new model for some steps: drop --resume, --seeds, --init and --labels")
+    for name in ("resume", "init", "from"):
+        if sizes[name] == "":
+            error(f"--{name}: its value is empty; name a run's folder")
 
 
 def pick_device(name: str) -> torch.device:
@@ -1071,8 +1092,11 @@ def labelled_rows(y: torch.Tensor | None, count: int, clusters: int, seed: int) 
 
 
 def steps_of(args: argparse.Namespace, images: int, batch_size: int) -> int:
-    """How many training steps --steps asks for, or else --epochs over so many images."""
-    return args.steps or max(1, round(args.epochs * (images // batch_size)))
+    """How many training steps --steps asks for, or else --epochs over so many images. InputError at 2^31."""
+    steps = args.steps or max(1, round(args.epochs * (images // batch_size)))
+    if steps >= 2**31:
+        raise InputError(f"--epochs {args.epochs:g}: {steps} steps; give less than {2**31}")
+    return steps
 
 
 def settings_of(args: argparse.Namespace, data: dict) -> dict:
@@ -1173,9 +1197,15 @@ def resume(args: argparse.Namespace, given: set, first: dict | None = None) -> t
     settings = state["settings"]
     refuse_changes(args, given, settings)
     settings |= {name: vars(args)[name] for name in ("data_dir", "dataset", "epochs") if name in given}
-    if "device" in given or settings["device"] != "cpu":
-        settings["device"] = str(pick_device(args.device))
-    settings["capture"] = args.capture and settings["device"].startswith("cuda")
+    if "capture" in given or settings["device"] == "cpu":  # a CPU's run has it off
+        settings["capture"] = args.capture
+    try:
+        settings["device"] = str(pick_device(args.device if "device" in given else settings["device"]))
+    except InputError:
+        if "device" in given:
+            raise
+        settings["device"] = str(pick_device("auto"))  # the GPU that it was made on is not there
+    settings["capture"] = settings["capture"] and settings["device"].startswith("cuda")
     data = load_dataset(settings["dataset"], settings["data_dir"], settings["validation"], settings["device"],
                         settings["extra"], settings["image_size"])
     x, y, rows = data["train"].x, data["train"].y, settings["labelled_rows"]
@@ -1200,8 +1230,8 @@ def resume(args: argparse.Namespace, given: set, first: dict | None = None) -> t
         try:
             with open(lines) as file:
                 kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= run.step]
-            for line in kept[: JUDGED_STEPS // 20]:
-                warn_of_dead_discriminator(run, json.loads(line))
+            name, first_lines = discriminator_of_images(run.model), map(json.loads, kept[: JUDGED_STEPS // 20])
+            run.judged = [numbers[name] for numbers in first_lines if name in numbers]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{lines}: not a log of train.py ({brief(error)}); mend or remove it") from None
 
@@ -1402,7 +1432,8 @@ def run_once(args: argparse.Namespace, given: set, first: dict | None = None) ->
     with Stop() as stop:
         finished = train(run, data, folder, stop)
     if not finished:
-        print(f"stopped at step {run.step}; go on with: python train.py --resume {folder}", file=sys.stderr)
+        print(f"stopped at step {run.step}; go on with: python train.py --resume {shlex.quote(folder)}",
+              file=sys.stderr)
         return None
     final = finish(run, data, folder, run.settings["data_dir"])
     print(f"{folder}: {run.step} steps in {final['seconds']:.0f} s\n{summary(final['metrics'])}", flush=True)
@@ -1419,16 +1450,19 @@ def sweep(args: argparse.Namespace, given: set) -> bool:
         path = os.path.join(args.out, "final.json")
         final = None
         if os.path.exists(path):
-            with open(path) as file:
-                final = json.load(file)
-            made = final["settings"]
+            try:
+                with open(path) as file:
+                    final = json.load(file)
+                made, steps = final["settings"], final["settings"]["steps"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path}: cannot be read ({brief(error)}); remove it, and it is made again") from None
             refuse_changes(args, given - {"out"}, made)
-            steps = made["steps"]
             if "steps" in given or "epochs" in given:
                 steps = steps_of(args, made["data"]["train"]["images"], made["batch_size"])
         if final is None or final["steps"] != steps:
             final = run_once(args, given - {"out"}, first)
         if final is None:
+            print("the whole sweep goes on with the command that it began with", file=sys.stderr)
             return False
         refuse_unlike(final["settings"], first)
         finals.append(final)
@@ -1464,16 +1498,23 @@ def main(argv: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
+                words in str(error) for words in ("allocate memory", "size calculation overflowed")):
             raise
         print("error: too little memory; try smaller sizes, --batch-size or --image-size", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # while nothing is trained, or for the second time
-        print("stopped; what was saved is whole, and a run goes on with --resume", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
         sys.exit(130)
 
 
+def ended(*_) -> None:
+    """SIGTERM outside of training: an orderly end, so that no half download is left."""
+    print(STOPPED, file=sys.stderr)
+    sys.exit(143)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # outside of training too: no half download is left
+    signal.signal(signal.SIGTERM, ended)
     sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name need not be text
     main()
