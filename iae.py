@@ -16,8 +16,9 @@ The discriminators and the autoencoder take turns (Section 2, "Training Process"
     losses, real = model.discriminator_losses(x, *outputs)      step the discriminators by the sum of losses, then
     losses = model.autoencoder_losses(x, *outputs, real=real)   encoder and decoder by the sum of these
 
-Shapes are (batch, channels, height, width). Images are in the range of the decoder's last layer: [0, 1] for the
-MNIST layout (sigmoid), [-1, 1] for the others (tanh); `to_range` and `to_uint8` convert, and nothing else does.
+Shapes are (batch, channels, height, width); where they begin with `...`, these are the toys' seeds, trained together.
+Images are in the range of the decoder's last layer: [0, 1] for the MNIST layout (sigmoid), [-1, 1] for the others
+(tanh); `to_range` and `to_uint8` convert, and nothing else does.
 Parameters, images and codes are float32; for bfloat16 there is torch.autocast.
 This file needs torch alone: copy it, or any piece of it.
 """
@@ -76,9 +77,11 @@ def deform(x: Tensor) -> Tensor:
     Images shall be square: in others angles are distorted.
     """
     draws = 2 * torch.rand(6, len(x), device=x.device) - 1
-    most = 0.26, 0.3, 0.15, 0.15, 0.2, 0.2  # radians, shear, logs, half sides; numbers, as a CUDA graph copies none
+    # Plain numbers: a tensor would be copied from the CPU, which a CUDA graph cannot record.
+    most = 0.26, 0.3, 0.15, 0.15, 0.2, 0.2  # radians, shear, logs, half sides
     turn, shear, wide, high, right, down = (limit * row for limit, row in zip(most, draws))  # (batch,) each
     cos, sin, wide, high = turn.cos(), turn.sin(), wide.exp(), high.exp()
+    # From places in the new image to those in the old one, as `affine_grid` wants them.
     maps = torch.stack([cos * wide, (shear - sin) * wide, right, sin * high, cos * high, down], 1)
     with torch.autocast(x.device.type, enabled=False):  # bfloat16 would move pixels by a tenth
         grid = F.affine_grid(maps.view(-1, 2, 3), list(x.shape), align_corners=False)  # (batch, height, width, 2)
@@ -143,8 +146,10 @@ class Encoder(nn.Module):
             size = 2000
         self.head = nn.Sequential(*head, nn.Linear(size, code_size))
         # "FC Linear. BN": without scale it pins each code's mean and variance to the prior's. Before a softmax it keeps
-        # every cluster in use, but would cap the confidence (.76 for 10 codes) without a factor of 2.
-        self.norm, self.scale = nn.BatchNorm1d(code_size, affine=False), 1.0 if prior == "gaussian" else 2.0
+        # every cluster in use, but would cap the confidence without a factor of 2: of 10 codes, each of mean 0 and
+        # variance 1, a row would be one-hot with logits of 3 and -1/3, whose softmax is .76.
+        self.norm = nn.BatchNorm1d(code_size, affine=False)
+        self.scale = 1.0 if prior == "gaussian" else 2.0
         self.last = nn.Identity() if prior == "gaussian" else nn.Softmax(dim=1)
 
     def logits(self, x: Tensor, eps: Tensor | None = None) -> Tensor:
@@ -169,13 +174,13 @@ class Decoder(nn.Module):
         layout, (channels, height, width) = layout_of(shape), shape
         widths = layout["channels"][::-1]
         scale = 2 ** len(widths)
-        self.start = (height // scale, width // scale, widths[0])
+        self.start = (height // scale, width // scale, widths[0])  # channels last, as forward says
         size, first = code_size + local_size, []
         if layout["hidden"]:
             first = [nn.Linear(size, layout["hidden"]), nn.BatchNorm1d(layout["hidden"]), nn.ReLU()]
             size = layout["hidden"]
         self.fc = nn.Sequential(*first, nn.Linear(size, math.prod(self.start)))
-        self.fc[0].weight.data[:, code_size:] *= local_scale
+        self.fc[0].weight.data[:, code_size:] *= local_scale  # the columns of n
         layers = [nn.BatchNorm2d(widths[0]), nn.ReLU()]
         for inputs, outputs in zip(widths, widths[1:]):
             layers += [upconv(inputs, outputs, layout["kernel"]), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -219,8 +224,8 @@ class JointDiscriminator(nn.Module):
     x (batch, *shape), z (batch, code_size) or None. Returns logits (batch,): log D / (1 - D), large where real.
     The code is an adaptive bias of the first layer (D.1), added before its BatchNorm and ReLU. Not in the paper:
     conditioning "projection", logits psi(x) + z . phi(x) from the last layer (Miyato and Koyama 2018), and "distance",
-    logits -|z - phi(x)|^2 / (2 code_size), where x alone says nothing: for pairs that share x, as the FIAE's do, and
-    for the paired objective, since they are never above 0. Raises ValueError for another conditioning.
+    logits -|z - phi(x)|^2 / (2 code_size), to which x adds nothing of its own: for pairs that share x, as the FIAE's,
+    and for the paired objective, since these logits are never above 0. Raises ValueError for another conditioning.
     """
 
     def __init__(self, shape: tuple[int, int, int], code_size: int, conditioning: str = "dependent",
@@ -370,6 +375,7 @@ def discriminate(discriminator: nn.Module, real: tuple, fake: tuple, objective: 
     for logits, inputs in ((real_logits, real), (fake_logits, fake)) if penalty else ():
         inputs = [part for part in inputs if part is not None]
         gradients = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
+        # All dimensions after (..., batch), which are the logits', are an input's own.
         squares = sum(g.float().pow(2).flatten(logits.dim()).sum(-1) for g in gradients)  # (..., batch)
         loss = loss + penalty / 2 * squares.mean()
     if code_penalty and real[-1] is not None:
@@ -382,8 +388,8 @@ class IAE(nn.Module):
     """The implicit autoencoder of Section 2: four networks, what each of them descends, and how to sample.
 
     The networks are any modules with the signatures of those above (`IAE.for_images` makes Appendix D.2's); labels need
-    an encoder with `logits(x, eps)` too, agreement images (batch, channels, height, width). D(z) sees both sides in one
-    pass, so it must not have batch statistics.
+    an encoder with `logits(x, eps)` too, agreement_weight images (batch, channels, height, width). D(z) sees both sides
+    in one pass, so it must not have batch statistics.
     encoder None (global size 0) is a plain GAN; reconstruction_discriminator None replaces the reconstruction
     GAN by the Euclidean cost (with regularization: the AAE); regularization_discriminator None drops KL(q(z) || p(z)).
     sample_discriminator, not in the paper, is a third GAN's D(x): data are real, samples g(z, n) of z ~ p(z) fake; its
@@ -392,7 +398,7 @@ class IAE(nn.Module):
     prior of z: "gaussian", N(0, I), or "categorical", one-hot; objective: of both GANs, see `discriminator_loss` (D(z),
     whose sides share no rows, has Eq. 1 where it is "paired"). penalty, regularization_penalty (None: the same): gamma
     of R1 + R2 on D(x, z), D(z). reconstruction_weight, regularization_weight: of the losses that encoder and decoder
-    descend. positive_gradient: those reach the encoder through the positive pair too (footnote 1).
+    descend. positive_gradient: these losses reach the encoder through the positive pair too (footnote 1).
 
     Section 2's cases: 1 local_size 0 without regularization, 2 local_size 0, 3 without regularization, 4 as it is.
     Not in the paper: code_penalty of D(x, z)'s gradient by the code (`discriminate`); for a Gaussian z
@@ -549,7 +555,8 @@ class IAE(nn.Module):
         """What D(z) descends: fresh z ~ p(z) are real, z_hat (..., batch, global_size) fake, a constant."""
         real = blurred(self.sample_codes(*z_hat.shape[:-1]), self.code_noise)
         # z and z_hat share nothing row by row, so "paired" has no meaning here: Eq. 1 takes its place. One pass for
-        # both sides is quicker where layers are large; the toys, with seeds in front, keep the rounding of two.
+        # both sides is quicker where layers are large; the toys, whose codes are (seeds, batch, size), keep two
+        # passes, on whose rounding their committed numbers depend.
         return discriminate(
             self.regularization_discriminator, real=(real,), fake=(blurred(z_hat, self.code_noise),),
             objective="gan" if self.objective == "paired" else self.objective,
@@ -563,15 +570,16 @@ class IAE(nn.Module):
         That one compares with the positive pair's logits, constants which only weigh the rows: those from before the
         discriminators' step save a pass. With positive_gradient D(x, z)'s are computed anew, with their gradient.
 
-        The reconstruction loss reaches the decoder through x_hat, and the encoder through x_hat and through z_hat,
-        but through the z_hat of the positive pair with positive_gradient alone. The regularization loss reaches the
-        encoder alone, that of samples the decoder, and the encoder only through the batch statistics that samples
-        share with x_hat.
+        The reconstruction loss reaches the decoder through x_hat, and the encoder through x_hat and through z_hat, and
+        only with positive_gradient through the z_hat of the positive pair too. The regularization loss reaches the
+        encoder alone, that of samples the decoder, and the encoder only through the batch statistics that samples share
+        with x_hat.
         """
         losses = {}
-        if self.reconstruction_discriminator is None:  # -log p(x|z) of a unit Gaussian, as in the AAE
+        if self.reconstruction_discriminator is None:  # as in the AAE: -log p(x|z) of a unit Gaussian, less a constant
             loss = 0.5 * (x - x_hat).pow(2).flatten(x.dim() - len(self.shape)).sum(-1).mean()
         else:
+            # Eq. 10: x_hat and z_hat both carry gradients, the encoder's two paths.
             fake, positive = self.reconstruction_discriminator(x_hat, z_hat), None
             if self.positive_gradient:
                 positive = self.reconstruction_discriminator(x, z_hat)
@@ -587,7 +595,8 @@ class IAE(nn.Module):
             losses["decorrelation"] = self.decorrelation_weight * decorrelation_loss(z_hat)  # the encoder's
         if self.agreement_weight:
             copies = self.encode(self.deformed(x))  # (batch, global_size)
-            losses["agreement"] = self.agreement_weight * agreement_loss(z_hat, copies)  # the encoder's
+            # The encoder's; z_hat is q(k|x) here, the softmax.
+            losses["agreement"] = self.agreement_weight * agreement_loss(z_hat, copies)
         if self.sample_discriminator is not None:
             # Paired as in a plain GAN, whose pairs share nothing either (RpGAN).
             positive = real["sample_discriminator"] if self.objective == "paired" else None

@@ -797,10 +797,14 @@ def draw_codes(model: IAE | FIAE, x: torch.Tensor, folder: str) -> None:
 
 @torch.no_grad()
 def draw_map(model: IAE | FIAE, x: torch.Tensor, folder: str) -> None:
-    """variance.png: where in the picture n varies x_hat, the heat map of `metrics.variance_map` on uint8 images x."""
+    """variance.png: where in the picture n varies x_hat, the heat map of `metrics.variance_map` on uint8 images x, and
+    the thirds of its width."""
     ratio = variance_map(draw_local(model, x[:1000]), to_range(x[:1000], model.shape)).cpu().numpy()
     figure, axis = plt.subplots(figsize=(3.6, 3))
-    figure.colorbar(axis.imshow(ratio, cmap="viridis"), ax=axis, label="variance over n / of the data")
+    picture, third = axis.imshow(ratio, cmap="viridis", vmin=0), ratio.shape[1] // 3
+    figure.colorbar(picture, ax=axis, label="variance over n / variance of the data")
+    for edge in (third, ratio.shape[1] - third):
+        axis.axvline(edge - 0.5, color="white", linewidth=0.8)
     axis.axis("off")
     figure.tight_layout()
     write(os.path.join(folder, "variance.png"), lambda part: figure.savefig(part, format="png", dpi=100))
@@ -835,6 +839,7 @@ def draw_votes(model: FIAE | IAE, x: torch.Tensor, folder: str) -> None:
             ticks = range(0, votes.shape[1], math.ceil(votes.shape[1] / 10))
             axes[top + 1, column].set(ylim=(0, 1), xticks=ticks, yticks=(0, 1) if column == 0 else ())
             axes[top + 1, column].tick_params(labelsize=6)
+            axes[top + 1, column].set_xlabel("code", fontsize=6)
         axes[top, 0].set_title(title, fontsize=9, loc="left")
         axes[top + 1, 0].set_ylabel("share of draws", fontsize=7)
     figure.tight_layout()
