@@ -737,14 +737,16 @@ def host_facts(device: torch.device) -> dict:
 
 
 def sheet(images: torch.Tensor, columns: int, path: str) -> None:
-    """Images (count, *shape) in the network's range, row by row, as one PNG of `columns` columns, twice their size."""
+    """Images (count, *shape) in the network's range, row by row, as one PNG of `columns` columns; each pixel is
+    two wide, or more where the images are small."""
     pixels = to_uint8(images.cpu()).permute(0, 2, 3, 1).numpy()  # (count, height, width, channels)
     rows, (height, width) = -(-len(pixels) // columns), pixels.shape[1:3]
     canvas = np.full((rows * (height + 2) + 2, columns * (width + 2) + 2, 3), 255, np.uint8)
     for i, image in enumerate(pixels):
         top, left = (i // columns) * (height + 2) + 2, (i % columns) * (width + 2) + 2
         canvas[top:top + height, left:left + width] = image
-    picture = Image.fromarray(canvas).resize((canvas.shape[1] * 2, canvas.shape[0] * 2), Image.NEAREST)
+    scale = max(2, 64 // height)
+    picture = Image.fromarray(canvas).resize((canvas.shape[1] * scale, canvas.shape[0] * scale), Image.NEAREST)
     write(path, lambda part: picture.save(part, format="PNG"))
 
 
