@@ -927,8 +927,8 @@ def test_train_writes_its_folder_and_the_model_can_be_used(digits, tmp_path, cap
     (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:50] + b"?" * 50)
     run("--from", out, "--reconstruct", tmp_path / "cut.png", "--out", tmp_path / "mine3.png", expect=2)
     assert "cut.png: not a readable picture" in capsys.readouterr().err
-    assert Image.open(tmp_path / "samples.png").size == ((12 * 18 + 2) * 2, 40)
-    assert Image.open(tmp_path / "mine2.png").size == (40, (6 * 18 + 2) * 2)
+    assert Image.open(tmp_path / "samples.png").size == ((12 * 18 + 2) * 4, 80)  # small images, four times their size
+    assert Image.open(tmp_path / "mine2.png").size == (80, (6 * 18 + 2) * 4)
 
 
 def test_a_log_that_is_gone_is_one_line(tmp_path):
