@@ -4749,3 +4749,256 @@ def test_the_readme_tells_by_how_much_bfloat16_and_float32_differ():
             assert len(a) == len(b) == (3 if when else 7) and difference < pooled
             cells += [f"{e.mean():.2f} +- {e.std(ddof=1):.2f}" for e in (a, b)] + [f"{difference:.2f}", f"{pooled:.2f}"]
         assert f"| {title} | {' | '.join(cells)} |\n" in readme
+
+
+# --------------------------------------------------------------------------------- what single changes would go unseen
+
+
+def test_penalties_move_the_discriminator():
+    """Their values say nothing of it: without create_graph the loss is the same, and the penalty has no gradient."""
+    slope = torch.tensor(3.0, requires_grad=True)
+    critic = lambda x, z: slope * (x.sum((1, 2, 3)) + z.sum(1))  # noqa: E731
+    x, z = torch.rand(5, 1, 2, 2), torch.rand(5, 3)
+
+    def moved(**options):
+        return torch.autograd.grad(iae.discriminate(critic, (x, z), (x + 1, z), **options)[0], slope)[0].item()
+
+    assert moved(penalty=0.1) - moved() == pytest.approx(0.1 * 2 * (4 + 3) * 3, rel=1e-4)  # of .05 * 2 sides * 7 s^2
+    assert moved(code_penalty=0.1) - moved() == pytest.approx(0.1 * 3 * 3, rel=1e-4)  # of .05 * 3 s^2
+
+
+def test_noise_and_deformations_pass_the_gradient_on():
+    x = torch.rand(3, *SMALL, requires_grad=True)
+    flipped = FIAE.for_images(SMALL, 3, 2, prior="categorical", agreement_weight=1.0, elastic=0.06, image_noise=0.2)
+    rippled = FIAE.for_images(SMALL, 3, 2, elastic=0.06)
+    for moved in (iae.blurred(x, 0.3), iae.ripple(x, 0.06), iae.deform(x), flipped.corrupted(x), flipped.dreamt(x),
+                  rippled.corrupted(x)):
+        assert torch.autograd.grad(moved.sum(), x)[0].sum().item() == pytest.approx(3 * 256, rel=0.3)
+
+
+@pytest.mark.parametrize("kind", [IAE, FIAE])
+def test_each_row_has_its_own_noise_from_a_standard_normal(kind, tiny):
+    """eps and n, where the model draws them: in training, in use, in `logits`, anew each time; samples have own z."""
+    torch.manual_seed(0)
+    model, eps, codes = kind.for_images(SMALL, 3, 4, noise_size=5, prior="categorical"), [], []
+    encoder, decoder = (model.encoder, model.decoder) if kind is IAE else (model.recognition, model.generator)
+    encoder.head.register_forward_pre_hook(lambda module, inputs: eps.append(inputs[0][:, -5:]))
+    decoder.fc.register_forward_pre_hook(lambda module, inputs: codes.append(inputs[0]))
+    x = torch.rand(1, *SMALL).expand(500, *SMALL)
+    for draw in (model, model.encode, model.logits, lambda x: model.decode(model.sample_codes(500)),
+                 lambda x: model.sample(500)):
+        draw(x)
+    for noise in (eps, [each[:, -4:] for each in codes]):
+        drawn = torch.cat(noise)
+        assert len(drawn.unique(dim=0)) == len(drawn) == 500 * 3
+        assert drawn.mean(0).abs().max() < 0.15 and (drawn.std(0) - 1).abs().max() < 0.1
+    assert codes[-1][:, :3].mean(0).min() > 0.2
+
+
+@pytest.mark.parametrize("kind", [IAE, FIAE])
+def test_agreement_pulls_at_both_copies(kind):
+    one, other = codes = [torch.rand(6, 3, requires_grad=True) for _ in range(2)]
+    model, x = kind.for_images(SMALL, 3, 2, prior="categorical", agreement_weight=1.0), torch.rand(6, *SMALL)
+    if kind is IAE:
+        model.encode = lambda x: other.softmax(1)
+        loss = model.autoencoder_losses(x, one.softmax(1), x, real={})["agreement"]
+    else:
+        left = list(codes)
+        model.logits = lambda x: left.pop(0)
+        loss = model.autoencoder_losses(x, one.softmax(1), x, x, one.softmax(1), real={})["agreement"]
+    assert all(g.abs().max() > 1e-3 for g in torch.autograd.grad(loss, codes))
+
+
+def test_agreement_of_codes_that_share_nothing_is_finite():
+    assert iae.agreement_loss(torch.eye(2), torch.eye(2).flip(0)).item() == pytest.approx(-math.log(1e-6))
+
+
+def test_the_gan_of_samples_has_the_penalty_of_images():
+    model, x = IAE.for_images(SMALL, 3, 2, sample_weight=1.0, penalty=0.2), torch.rand(6, *SMALL)
+    model.sample_discriminator, outputs = MeanPixel(), model(x)  # 3 times the mean of 256 pixels
+    with_penalty, bare = (model.discriminator_losses(x, *outputs, penalty_scale=scale)[0]["sample_discriminator"].item()
+                          for scale in (4.0, 0.0))
+    assert with_penalty - bare == pytest.approx(4 * 0.2 * 9 / 256, rel=1e-3)  # R1 + R2
+
+
+@pytest.mark.parametrize("kind", [IAE, FIAE])
+def test_both_gans_follow_the_objective(kind):
+    model = (small_model if kind is IAE else small_fiae)(objective="kl").float()
+    x, critic, name = torch.randn(8, 2), model.regularization_discriminator, "regularization_discriminator"
+    if kind is FIAE:
+        x = x.expand(2, 8, 2)
+    prior = model.sample_codes(*x.shape[:-1])
+    model.sample_codes = lambda *size: prior
+    outputs = model(x)
+    real, fake = (critic(prior), critic(outputs[0])) if kind is IAE else (critic(x), critic(outputs[1]))
+    critics, constants = model.discriminator_losses(x, *outputs)
+    assert critics[name].item() == pytest.approx(((fake - 1).exp().mean() - real.mean()).item(), rel=1e-4)
+    losses = model.autoencoder_losses(x, *outputs, real=constants)
+    assert losses["regularization"].item() == pytest.approx(-fake.mean().item(), rel=1e-4)
+
+
+def test_infogans_clusters_are_drawn_with_their_probabilities():
+    model, logits = small_fiae(InfoGAN, prior="categorical"), torch.tensor([0.0, 1.0, 2.0])
+    model.infer = lambda x: logits.expand(len(x), 3)
+    torch.manual_seed(0)
+    assert torch.allclose(model.encode(torch.zeros(20000, 2)).mean(0), logits.softmax(0), atol=0.02)
+
+
+def test_all_rates_fall(digits, tiny):
+    state, loaded = a_run(digits, "--steps", 4, "--decay", 1, "--sample-weight", 1)
+    steps_of(state, loaded, 3)
+    groups = [*state.discriminator_optimizer.param_groups, *state.autoencoder_optimizer.param_groups]
+    assert [group["lr"] for group in groups] == pytest.approx([group["rate"] / 2 for group in groups])
+
+
+def test_each_step_takes_its_own_rows_with_their_labels(digits, tmp_path, tiny, monkeypatch):
+    step, seen = train.train_step, []
+    monkeypatch.setattr(train, "train_step", lambda run, *batch: seen.append(batch) or step(run, *batch))
+    settings, loaded = relabelled(digits, np.arange(300) % 10, tmp_path, "--labels", "40", "--seed", "5")
+    train.train(train.Run(settings), loaded, str(tmp_path), train.Stop())
+    x, y = loaded["train"].x, loaded["train"].y
+    place = lambda found: torch.cdist(found.flatten(1), iae.to_range(x, SMALL).flatten(1)).argmin(1)  # noqa: E731
+    drawn = torch.tensor(settings["labelled_rows"])
+    for at, (images, (few, labels)) in enumerate(seen):
+        assert torch.equal(place(images), data.batch_indices(len(x), 16, at, 5))
+        assert torch.equal(place(few), drawn[data.batch_indices(40, 16, at, 5)]) and torch.equal(labels, y[place(few)])
+    assert len(seen) == 3
+
+
+def test_the_players_step_in_turn_by_their_own_fresh_gradients(digits, tiny):
+    state, loaded = a_run(digits, "--regularization-steps", 2, "--penalty-every", 1)
+    model, told, events = state.model, [], []
+
+    def spy(name, function):
+        def called(*inputs, **options):
+            found = function(*inputs, **options)
+            losses = found[0] if isinstance(found, tuple) else found
+            loss = sum(losses.values()) if isinstance(losses, dict) else losses
+            told[:] = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
+            events.append(name)
+            return found
+        setattr(model, name, called)
+
+    def watch(name, optimizer, step):
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+        def stepped():
+            for parameter, wanted in zip(model.parameters(), told, strict=True):
+                if id(parameter) in own:
+                    assert (parameter.grad is None) == (wanted is None)
+                    assert wanted is None or torch.allclose(parameter.grad, wanted, atol=1e-6)
+            events.append(name)
+            step()
+        optimizer.step = stepped
+
+    for name in ("regularization_discriminator_loss", "discriminator_losses", "autoencoder_losses"):
+        spy(name, getattr(model, name))
+    for name in ("discriminator_optimizer", "autoencoder_optimizer"):
+        watch(name, getattr(state, name), getattr(state, name).step)
+    steps_of(state, loaded, 3)
+    further = "regularization_discriminator_loss", "discriminator_optimizer"
+    assert events == [further[0], "discriminator_losses", further[1], *further, "autoencoder_losses",
+                      "autoencoder_optimizer"] * 3
+
+
+def test_fresh_positive_pairs_are_judged_in_noise_too():
+    """Where the FIAE computes the positive pair anew: both codes stay in the same noise, or D tells them by it."""
+    torch.manual_seed(0)
+    model = FIAE.for_images(SMALL, 4, 3, prior="categorical", code_noise=0.3, information_weight=1.0)
+    outputs, seen = model(torch.rand(200, *SMALL)), []
+    model.reconstruction_discriminator.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    model.autoencoder_losses(outputs[1], *outputs, real={})
+    for code, clean in zip(seen, (outputs[3], outputs[0]), strict=True):
+        assert (code - clean).std().item() == pytest.approx(0.3, rel=0.1)
+
+
+def test_what_evaluate_hands_on(monkeypatch):
+    """Codes of test images against p(z), and to `borders` test codes before training codes and their labels."""
+    x, x_test = (torch.full((count, 1, 28, 28), level, dtype=torch.uint8) for count, level in ((60, 26), (40, 51)))
+    judge, handed = metrics.Classifier((1, 28, 28), 3).eval(), {}
+    judge.last[1].bias.data.copy_(torch.tensor([3.7, 0, 0]))  # sure of label 0 to .95
+    judge.last[1].weight.data.zero_()
+    model = Levels()
+    model.sample_codes = lambda *size: torch.full((*size, 2), 7.0)
+    monkeypatch.setattr(metrics, "mmd_test", lambda *parts: handed.update(mmd=parts) or {})
+    monkeypatch.setattr(metrics, "borders", lambda *parts: handed.update(borders=parts) or {})
+    found = metrics.evaluate(model, (x, torch.zeros(60)), (x_test, torch.ones(40)), judge)
+    z, prior = handed["mmd"]
+    assert z.shape == prior.shape == (40, 2) and z.mean().item() == pytest.approx(0.2, abs=0.02) and (prior == 7).all()
+    _, z_test, z_train, y_train, _ = handed["borders"]
+    assert torch.equal(z_test, z) and z_train.mean().item() == pytest.approx(0.1, abs=0.02)
+    assert torch.equal(y_train, torch.zeros(60, dtype=torch.long)) and found["samples_confident"] == 1
+
+
+def test_confusions_have_a_row_a_true_label():
+    """Of ten digits, each as grey as its number, a model that gives 3 back as 5, and a judge that reads greys."""
+    y = torch.arange(40) % 10
+    x = (y * 25).to(torch.uint8)[:, None, None, None].expand(-1, 1, 28, 28)
+
+    class Judge(nn.Module):
+        last = nn.Sequential(nn.Identity(), nn.Linear(1, 10))
+        features = staticmethod(lambda x: x.mean((1, 2, 3))[:, None])
+        forward = lambda self, x: self.last(self.features(x))  # noqa: E731
+
+    judge, model, levels = Judge(), Levels(), torch.arange(10) * 25 / 255
+    judge.last[1].weight.data.copy_(200 * levels[:, None])  # the nearest level has the largest logit
+    judge.last[1].bias.data.copy_(-100 * levels.square())
+    model.encode = lambda x: torch.stack([x.mean((1, 2, 3)), torch.rand(len(x))], 1)
+    model.decode = lambda z, n=None: torch.where(
+        (z[:, 0] - levels[3]).abs() < 0.01, levels[5], z[:, 0])[:, None, None, None].expand(-1, 1, 28, 28)
+    found = metrics.evaluate(model, (x, y), (x, y), judge)
+    wanted = 4 * torch.eye(10, dtype=torch.long)
+    wanted[3, 3], wanted[3, 5] = 0, 4
+    assert found["confusion_matrix"] == wanted.tolist()
+    assert found["confusions_similar"] == 1 and found["confusions_similar_chance"] == pytest.approx(2 / 9)
+
+
+def test_colour_is_compared_in_draws_and_in_data():
+    """Data have one colour a picture; n paints the left third, z does nothing."""
+    torch.manual_seed(0)
+    model = IAE.for_images((3, 24, 24), 2, 3).eval()
+    x = torch.randint(256, (60, 3, 1, 1), dtype=torch.uint8).expand(-1, 3, 24, 24)
+
+    def decode(z, n):
+        images = torch.zeros(len(z), 3, 24, 24)
+        images[..., :8] = n[:, :, None, None]
+        return images + 0.01 * torch.randn(len(z), 3, 24, 24)
+
+    model.decode = decode
+    with torch.no_grad():
+        model.sample = lambda count: decode(torch.zeros(count, 2), torch.randn(count, 3))
+        found = metrics.evaluate(model, (x, None), (x, None), None)
+    assert found["outer_over_middle"] > 10
+    assert found["side_colour_correlation_data"] > 0.99 and abs(found["side_colour_correlation"]) < 0.5
+
+
+def test_where_borders_begin_and_insides_end(monkeypatch):
+    agree = torch.tensor([1.0, 0.9, 0.6, 0.5])
+    monkeypatch.setattr(metrics, "agreement_of_neighbours", lambda *_: agree)
+
+    class Model:
+        sample_codes = staticmethod(lambda count: torch.arange(4.0)[:, None])
+        decode = staticmethod(lambda z: z)
+
+    judge = lambda z: torch.cat([z * 0, torch.where((z == 0) | (z == 3), 9.0, 0.0)], 1)  # noqa: E731
+    found = metrics.borders(Model(), torch.zeros(4, 1), None, None, judge)
+    assert found["samples_confident_inside"] == found["samples_confident_border"] == 1
+
+
+def test_scores_of_clusters_are_of_the_test_images_and_the_exemplar_the_surest():
+    y, y_test = torch.tensor([0, 1, 1, 0]), torch.tensor([0, 0, 1, 1])
+    votes = F.one_hot(torch.tensor([0, 0, 1, 1]), 2).float()  # each cluster: half of either class, where trained
+    logs = torch.tensor([[-2.0, -3], [-1, -3], [-3, -2], [-3, -1]])  # its second image is the surest
+    found = metrics.clustering((votes, logs), y, (votes, logs), y_test, 2)
+    assert found["nmi"] == pytest.approx(1) and found["ari"] == 1 and found["error_exemplar"] == 1
+    p = logs.softmax(1)
+    assert found["assignment_entropy"] == pytest.approx(-(p * p.log()).sum(1).mean().item(), rel=1e-5)
+
+
+def test_the_probe_is_standardized_by_its_own_codes_and_has_a_bias():
+    torch.manual_seed(0)
+    y = torch.arange(200) % 2
+    z = (2 * y - 1)[:, None] + 0.1 * torch.randn(200, 1)
+    assert metrics.linear_probe(z, y, z[y == 1], y[y == 1]) == 1  # one class alone
+    rare = (torch.arange(200) % 10 == 0).long()
+    assert metrics.linear_probe(torch.randn(200, 1), rare, torch.randn(200, 1), rare) == pytest.approx(0.9)
