@@ -1,6 +1,7 @@
 """Proofs rather than coverage: the losses against exact distributions and finite differences, the networks against
 Appendix D.2 counted by hand, the scripts by running them on data that the tests make. No network, no GPU needed."""
 
+import argparse
 import ast
 import collections
 import contextlib
@@ -994,8 +995,9 @@ def test_a_run_is_named_after_its_folder(tmp_path, monkeypatch):
     os.makedirs("pictures")
     for i in range(8):
         Image.fromarray(np.full((16, 16, 3), 30 * i, np.uint8)).save(f"pictures/{i}.png")
-    run("--dataset", "pictures/", *COMMON, "--batch-size", 4, "--steps", 1)
-    assert os.listdir("runs") == ["pictures-3-4-0"]
+    for _ in range(2):
+        run("--dataset", "pictures/", *COMMON, "--batch-size", 4, "--steps", 1)
+    assert sorted(os.listdir("runs")) == ["pictures-3-4-0", "pictures-3-4-1"]
 
 
 def test_no_layout_is_one_line_for_benchmark_and_run(tmp_path, capsys):
@@ -1122,6 +1124,7 @@ def test_speed_and_eta_are_of_this_process(digits, tiny, tmp_path):
     state, loaded = a_run(digits)
     slow = state.state_dict() | {"step": 20, "seconds": 4000.0}
     state.load_state_dict(slow)
+    assert (state.step, state.seconds) == (20, 4000.0)
     state.step, state.seconds = 40, 4002.0
     assert "step 40/80  10.0/s  ETA 0:00:04 " in train.log_losses(state, {}, str(tmp_path))
 
@@ -1887,7 +1890,8 @@ class Blind(nn.Module):
 
 
 @pytest.mark.parametrize("options, blind", [
-    (("--objective", "gan"), "1.386"), (("--objective", "paired"), "0.693"), (("--model", "fiae"), "0.693"),
+    (("--objective", "gan"), "1.386"), (("--objective", "paired"), "0.693"), (("--objective", "kl"), "0.000"),
+    (("--model", "fiae"), "0.693"),
     (("--model", "fiae", "--no-paired-regularization"), "1.386")])
 def test_a_dead_discriminator_is_named_once(options, blind, digits, tmp_path, tiny, capsys, monkeypatch):
     monkeypatch.setattr(train, "JUDGED_STEPS", 60)
@@ -1991,7 +1995,13 @@ def test_many_steps_take_no_more_memory_or_time_a_step(digits, tmp_path, tiny, m
     (("--init", ""), "--init: its value is empty"), (("--from", "", "--sample", 3), "--from"),
     (("--from", "x", "--sample", 3, "--resume", "x"), "drop --resume"),
     (("--euclidean", "--positive-gradient"), "--positive-gradient"),
-    (("--benchmark", "--labels", 20, "--prior", "categorical"), "--labels"),
+    (("--benchmark", "--labels", 20, "--prior", "categorical"), "--labels"), (("--benchmark", "--init", "x"), "--init"),
+    (("--penalty-every", 0), "--penalty-every 0"), (("--regularization-steps", 0), "--regularization-steps 0"),
+    (("--decay", 1.5), "--decay 1.5"), (("--averaging", 1), "--averaging 1"), (("--beta1", 1), "--beta1 1"),
+    (("--penalty", -1), "--penalty -1"), (("--regularization-weight", "inf"), "--regularization-weight inf"),
+    (("--model", "fiae", "--prior", "categorical", "--labels", 20), "--labels"), (("--label-seed", -1), "--label-seed"),
+    (("--model", "infogan", "--conditioning", "distance"), "--conditioning"),
+    (("--seeds", 1, "--out", "y", "--resume", "x"), "--seeds"),
     (("--global", 2**31 - 1, "--local", 2**31 - 1, "--noise", 2**31 - 1), "too little memory")])
 def test_bad_input_is_one_line_and_status_2(argv, says, digits, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -2065,12 +2075,16 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_checkpoint(digit
     run("--resume", tmp_path / "run", "--steps", 30, expect=2)
     errors = capsys.readouterr().err
     assert "step 20" in errors and "reconstruction" in errors and "Traceback" not in errors
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_failed_write_leaves_the_previous_file_whole(tmp_path):
-    path = str(tmp_path / "file")
+def test_a_failed_write_leaves_the_previous_file_whole(tmp_path, monkeypatch):
+    path, synced, replace = str(tmp_path / "file"), [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    monkeypatch.setattr(os, "replace", lambda *paths: synced.append("in place") or replace(*paths))
     train.write_json(path, {"a": 1})
+    assert synced == [os.path.getsize(path), "in place"]  # a power cut leaves the one file or the other
 
     def fails(part):
         with open(part, "w") as file:
@@ -4127,17 +4141,19 @@ def test_the_fields_way_computes_the_positive_pairs_anew_where_they_are_needed(o
         assert len(train.benchmark(args, rounds=1, seconds=0.01)) == 4
 
 
-def test_steps_with_and_without_penalties_have_a_graph_each(digits, tiny, monkeypatch):
+@pytest.mark.parametrize("options", [(), ("--prior", "categorical", "--global", 10, "--labels", 20)])
+def test_steps_with_and_without_penalties_have_a_graph_each(options, digits, tiny, monkeypatch):
     """What `train_step` makes of `Captured`, which itself needs a GPU: here it runs the update in place of a graph."""
-    state, loaded = a_run(digits, "--penalty-every", 3, "--regularization-penalty", 0.7)
+    state, loaded = a_run(digits, "--penalty-every", 3, "--regularization-penalty", 0.7, *options)
     told, update = [], train.update
 
     class Recorded:
         def __init__(self, run, x, labelled):
             self.run, self.recorded = run, run.step
-            assert len(x) == 8 and labelled is None
+            assert len(x) == 8 and (labelled is None) == (not options)
 
         def __call__(self, x, labelled):
+            assert (labelled is None) == (not options)
             told.append((self.run.step, self.recorded))
             return update(self.run, x, labelled)
 
@@ -4222,7 +4238,7 @@ def test_progress_goes_from_0_to_1(digits, tiny):
 def test_samples_of_cases_1_and_3_are_of_the_averaged_encoders_codes(digits, tiny):
     state, loaded = a_run(digits, "--no-regularization", "--noise", 0, "--averaging", 0.9)
     steps_of(state, loaded, 5)
-    x = loaded["train"].x
+    x = torch.cat([loaded["train"].x, 255 - loaded["train"].x])  # 540: more than are encoded at once
     model = train.refresh_average(state, x)
     with torch.no_grad():
         z = model.encode(iae.to_range(x, SMALL))
@@ -4263,6 +4279,9 @@ def test_every_setting_reaches_the_model(options, digits, tiny):
     for name in (*numbers, "objective", "positive_gradient", "prior"):
         if name not in of_others[settings["model"]]:
             assert getattr(model, name) == settings[name], name
+    decoder = train.build_model({**settings, "local_scale": 0.0}).get_submodule(
+        "generator" if isinstance(model, FIAE) else "decoder")
+    assert decoder.fc[0].weight[:, :3].all() and not decoder.fc[0].weight[:, 3:].any()
 
 
 @pytest.mark.parametrize("options, changes, conditioning", [
@@ -4696,7 +4715,7 @@ def test_ones_own_pictures_stand_over_their_reconstructions(sheets, tmp_path, mo
 def test_where_a_collapse_begins(digits, tiny, capsys):
     state, _ = a_run(digits)
     x = torch.arange(0, 250, 1, dtype=torch.uint8).repeat(2)[:, None, None, None].expand(500, 1, 16, 16)
-    model = Plain()
+    model, random_state = Plain(), torch.get_rng_state()
     for step, factor, held, warned in ((399, 0.08, 0.95, set()), (400, 0.12, 0.88, set()),
                                        (400, 0.08, 0.92, {"code", "cluster"})):
         state.step, state.warned, one = step, set(), (torch.arange(500) >= held * 500).long()
@@ -4707,6 +4726,7 @@ def test_where_a_collapse_begins(digits, tiny, capsys):
         model.decode = lambda z, n: z[:, :1, None, None].expand(-1, 1, 16, 16)
         train.warn_of_collapse(state, model, x)
         assert state.warned == warned
+    assert torch.equal(torch.get_rng_state(), random_state)  # a resumed run does not judge where an unbroken one does
 
 
 # ---------------------------------------------------------------------------------------------------------- the README
@@ -4851,17 +4871,19 @@ def test_all_rates_fall(digits, tiny):
     assert [group["lr"] for group in groups] == pytest.approx([group["rate"] / 2 for group in groups])
 
 
-def test_each_step_takes_its_own_rows_with_their_labels(digits, tmp_path, tiny, monkeypatch):
+@pytest.mark.parametrize("count", [40, 10])  # more than a batch, and fewer
+def test_each_step_takes_its_own_rows_with_their_labels(count, digits, tmp_path, tiny, monkeypatch):
     step, seen = train.train_step, []
     monkeypatch.setattr(train, "train_step", lambda run, *batch: seen.append(batch) or step(run, *batch))
-    settings, loaded = relabelled(digits, np.arange(300) % 10, tmp_path, "--labels", "40", "--seed", "5")
+    settings, loaded = relabelled(digits, np.arange(300) % 10, tmp_path, "--labels", str(count), "--seed", "5")
     train.train(train.Run(settings), loaded, str(tmp_path), train.Stop())
     x, y = loaded["train"].x, loaded["train"].y
     place = lambda found: torch.cdist(found.flatten(1), iae.to_range(x, SMALL).flatten(1)).argmin(1)  # noqa: E731
     drawn = torch.tensor(settings["labelled_rows"])
     for at, (images, (few, labels)) in enumerate(seen):
         assert torch.equal(place(images), data.batch_indices(len(x), 16, at, 5))
-        assert torch.equal(place(few), drawn[data.batch_indices(40, 16, at, 5)]) and torch.equal(labels, y[place(few)])
+        assert torch.equal(place(few), drawn[data.batch_indices(count, min(count, 16), at, 5)])
+        assert torch.equal(labels, y[place(few)])
     assert len(seen) == 3
 
 
@@ -5002,3 +5024,238 @@ def test_the_probe_is_standardized_by_its_own_codes_and_has_a_bias():
     assert metrics.linear_probe(z, y, z[y == 1], y[y == 1]) == 1  # one class alone
     rare = (torch.arange(200) % 10 == 0).long()
     assert metrics.linear_probe(torch.randn(200, 1), rare, torch.randn(200, 1), rare) == pytest.approx(0.9)
+
+
+LABELLED = ("--prior", "categorical", "--global", 10, "--labels", 20)
+
+
+def test_each_pass_of_a_step_has_the_precision_asked_for(digits, tiny):
+    """Else bf16 would be float32 in one pass or all: a step that is slower, and other numbers than those measured."""
+    for precision, kind in (("bf16", torch.bfloat16), ("float32", torch.float32)):
+        state, loaded = a_run(digits, *LABELLED, "--precision", precision)
+        seen = []
+        for module in state.model.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                module.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        steps_of(state, loaded, 1)
+        assert len(seen) > 20 and set(seen) == {kind}
+
+
+def test_cross_entropy_is_of_the_labelled_images_and_unweighted(digits, tiny):
+    state, _ = a_run(digits, *LABELLED)
+    weight, handed = state.autoencoder[0], []
+    state.model.autoencoder_losses = lambda *_, real: {"reconstruction": 2 * weight.sum()}
+    state.model.classification_loss = lambda *few: handed.append(few) or weight.sum()
+    x, few = torch.rand(8, *SMALL), (torch.rand(8, *SMALL), torch.arange(8))
+    assert {"reconstruction", "classification"} <= train.update(state, x, few).keys()
+    assert len(handed) == 1 and all(a is b for a, b in zip(handed[0], few)) and (weight.grad == 3).all()
+
+
+def test_the_seed_is_of_the_first_weights(digits, tiny):
+    """Of the order of images alone, as each step asks for it, runs of other seeds would be too much alike."""
+    first = [a_run(digits, "--seed", seed)[0].model.decoder.fc[0].weight for seed in (1, 1, 2)]
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
+
+
+def test_training_measures_warns_draws_and_saves(digits, tmp_path, tiny, monkeypatch):
+    """On which images and of which weights, at which steps; and seconds are of the steps alone."""
+    state, loaded = a_run(digits)
+    state.step, state.settings["steps"] = 80, 140
+    held = loaded["test"]._replace(x=255 - loaded["test"].x)
+    loaded, now, events = {**loaded, "validation": held}, [0], []
+    train_x, refresh, step = loaded["train"].x, train.refresh_average, train.train_step
+
+    def event(name, *wanted):
+        def happens(*found):
+            assert all(a is b for a, b in zip(found, wanted, strict=True)), name
+            events.append((state.step, name))
+            now[0] += 1000
+            return refresh(*found) if name == "average" else None
+        return happens
+
+    def one_second(*parts):
+        now[0] += 1
+        return step(*parts)
+
+    monkeypatch.setattr(train, "train_step", one_second)
+    monkeypatch.setattr(train, "refresh_average", event("average", state, train_x))
+    monkeypatch.setattr(train, "warn_of_collapse", event("warn", state, state.averaged, held.x))
+    monkeypatch.setattr(train, "draw_figures", event("figures", state.averaged, held.x, held.y, str(tmp_path)))
+    monkeypatch.setattr(train, "draw_curves", event("curves", str(tmp_path)))
+    monkeypatch.setattr(train, "write", lambda path, save: events.append((state.step, os.path.basename(path))))
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)  # as if so much time had gone by at each logged step
+    monkeypatch.setattr(train, "time", argparse.Namespace(monotonic=lambda: now[0]))
+    assert train.train(state, loaded, str(tmp_path), train.Stop())
+    shown, saved = ("average", "warn", "figures", "curves"), ("average", "checkpoint.pt")
+    assert events == [*((100, name) for name in shown + saved), *((120, name) for name in saved),
+                      *((140, name) for name in shown + saved)]
+    assert state.seconds == 60
+
+
+@pytest.mark.parametrize("labels", [0, 20])
+def test_what_the_end_of_a_run_measures_and_draws(labels, digits, tmp_path, tiny, monkeypatch):
+    """A judge that has seen the images it judges, or neighbours among these, would flatter the model."""
+    state, loaded = a_run(digits, "--prior", "categorical", "--global", 10, "--labels", labels)
+    state.host, handed, judge = {}, {}, {}
+    for name in ("fixed_classifier", "evaluate", "evaluate_clusters", "draw_votes", "draw_neighbours"):
+        monkeypatch.setattr(train, name, lambda *parts, name=name: handed.update({name: parts}) or judge)
+    train.finish(state, loaded, str(tmp_path), "cache")
+    train_set, test_set, average = loaded["train"], loaded["test"], state.averaged
+    wanted = {"fixed_classifier": (train_set.x, train_set.y, "cache"),
+              "evaluate": (average, train_set, test_set, judge),
+              "evaluate_clusters": (average, train_set, test_set, judge, labels > 0),
+              "draw_votes": (average, test_set.x, str(tmp_path)),
+              "draw_neighbours": (average, train_set.x, judge, str(tmp_path))}
+    assert handed.keys() == wanted.keys()
+    for name, parts in wanted.items():
+        assert all(a is b or isinstance(b, str) and a == b for a, b in zip(handed[name], parts, strict=True)), name
+
+
+def test_settings_that_an_older_version_did_not_know(digits, tiny):
+    """A run of its goes on as it went: without what there was not, and with penalties in every step."""
+    settings = {**a_run(digits, "--penalty-every", 3)[0].settings, "shift": 2}
+    since = {"penalty_every": 1, "shift": 0, "data": {}, "init": None, "image_size": None, "extra": False,
+             "sample_weight": 0.0, "decorrelation_weight": 0.0, "information_weight": 0.0,
+             "paired_regularization": False, "code_penalty": 0.0, "image_noise": 0.0, "elastic": 0.0}
+    found = train.checked_settings({name: value for name, value in settings.items()
+                                    if name not in since and name != "sample_rate"})
+    assert {name: found[name] for name in since} == since
+
+
+def test_bf16_is_chosen_where_it_is_fast(monkeypatch):
+    for amx, avx512, wanted in ((False, False, "float32"), (True, False, "bf16"), (False, True, "bf16")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+        assert train.pick_precision("auto", torch.device("cpu")) == wanted
+        assert train.pick_precision("auto", torch.device("cuda")) == "bf16"
+        for name in ("float32", "bf16"):
+            assert train.pick_precision(name, torch.device("cpu")) == train.pick_precision(name, torch.device("cuda:1"))
+
+
+def test_a_resumed_run_asks_for_the_same_images(pictures, tmp_path, tiny, monkeypatch):
+    """Else a run on SVHN's extra images, or with some held out, could not go on."""
+    asked, loaded = [], data.load_dataset(pictures, validation=20)
+    monkeypatch.setattr(train, "load_dataset", lambda *parts: asked.append([str(part) for part in parts]) or loaded)
+    first = train.parse([*map(str, TINY), "--dataset", "svhn", "--extra", "--validation", "20", "--image-size", "16",
+                         "--data-dir", "there", "--out", str(tmp_path / "run"), "--device", "cpu"])[0]
+    train.start(first)[0].lock.close()
+    train.resume(*train.parse(["--resume", str(tmp_path / "run")]))[0].lock.close()
+    assert asked == [["svhn", "there", "20", "cpu", "True", "16"]] * 2
+
+
+@pytest.mark.parametrize("made, given, captured", [("cpu", (), True), ("cpu", ("--no-capture",), False),
+                                                   ("cuda:0", (), False), ("cuda:0", ("--capture",), True)])
+def test_a_resumed_run_replays_graphs_where_it_may(made, given, captured, pictures, tmp_path, tiny, monkeypatch):
+    """On a GPU: a CPU's run takes them up there, and one that was made without them stays without, if not told else."""
+    out, loaded = tmp_path / "run", data.load_dataset(pictures)
+    first = train.parse([*map(str, TINY), "--dataset", pictures, "--out", str(out), "--device", "cpu"])[0]
+    train.start(first)[0].lock.close()
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    state["settings"]["device"] = made
+    torch.save(state, out / "checkpoint.pt")
+    found = []
+    monkeypatch.setattr(train, "pick_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(train, "load_dataset", lambda *_: loaded)
+    monkeypatch.setattr(train, "Run", lambda settings: found.append(settings["capture"]) or throw(InputError("seen")))
+    pytest.raises(InputError, train.resume, *train.parse(["--resume", str(out), *given])).match("seen")
+    assert found == [captured]
+
+
+def test_signals_are_those_of_before_again_when_training_ends():
+    """Measuring comes after it, for minutes, and must end at once when it is asked to."""
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(kind) for kind in kinds]
+    with train.Stop() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+    assert [signal.getsignal(kind) for kind in kinds] == before
+
+
+def test_as_many_samples_as_asked_for_by_their_seed(sheets, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "load_checkpoint", lambda path, device: Plain())
+    for i, seed in enumerate((1, 1, 2)):
+        run("--from", "x", "--sample", 1020, "--seed", seed, "--out", tmp_path / f"{i}.png")
+    images = [sheets[f"{i}.png"] for i in range(3)]
+    assert images[0].shape[:2] == (51, 20)
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+
+
+def test_a_sweep_that_is_stopped_begins_no_other_seed(pictures, tmp_path, tiny, monkeypatch, capsys):
+    def step_and_stop(*batch, step=train.train_step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*batch)
+
+    monkeypatch.setattr(train, "train_step", step_and_stop)
+    out = tmp_path / "sweep"
+    run("--dataset", pictures, *TINY, "--steps", 2, "--out", out, "--seeds", 3, 4, expect=130)
+    assert os.listdir(out) == ["seed-3"] and train.read_checkpoint(str(out / "seed-3"))["step"] == 1
+    assert "the command that it began with" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["mnist-10-100", "mnist-10-100-paper", "mnist-0-100", "mnist-20-0", "clusters-30",
+                                  "labels-100-2500", "fiae-15-0", "infogan-15-0", "fiae-clusters", "infogan-clusters"])
+def test_recipes_are_those_of_the_committed_runs(name, digits):
+    """Whose commands in the README name none of these values: another recipe would not give its numbers again."""
+    made = json.loads((HERE / "results" / f"{name}.json").read_text())["settings"]
+    options = [f"--{flag}={made[flag]}" for flag in ("recipe", "prior", "global", "local")]
+    options += [f"--model={made.get('model', 'iae')}", f"--labels={20 if made.get('labels') else 0}"]
+    loaded = train.load_dataset(digits, ".", 0, "cpu")
+    found = train.settings_of(train.parse(["--dataset", digits, *options])[0], loaded)
+    lazy = {} if "penalty_every" in made or name == "mnist-10-100" else {"penalty_every": 1}  # as it was, untold
+    for setting in train.RECIPES["paper"]:
+        if setting in made or setting in lazy:
+            assert found[setting] == {**lazy, **made}[setting], setting
+
+
+def test_the_benchmarks_table_by_hand(digits, tiny, monkeypatch, capsys):
+    """FLOP without penalties, traffic by the weights; images, speed-ups and shares by the steps a second."""
+    options = ("--dataset", digits, *TINY, "--batch-size", 4, "--device", "cpu", "--penalty", 1,
+               "--penalty-every", 1)
+    monkeypatch.setattr(train, "machine_limits", lambda *_: (1e4, 1e4))
+    steps = train.benchmark(train.parse([str(a) for a in options])[0], rounds=1, seconds=0.01)
+    lines = capsys.readouterr().out.splitlines()
+    state, _ = a_run(digits, "--batch-size", 4, "--penalty", 0, "--regularization-penalty", 0)
+    with train.FlopCounterMode(display=False) as counter:
+        train.update(state, torch.rand(4, *SMALL))
+    weights, average = (sum(p.numel() for p in model.parameters()) for model in (state.model, state.averaged))
+    for line, (name, each) in zip(lines[-4:], steps.items(), strict=True):
+        cells = line.strip("| ").split(" | ")
+        found = [float(cell.removesuffix(" %")) for cell in cells[1:]]
+        assert cells[0] == name and found[0] == pytest.approx(each, abs=0.006)
+        assert found[1] == pytest.approx(4 * each, abs=0.51)
+        assert found[2] == pytest.approx(steps["this project"] / each, abs=0.006)
+        assert found[3] == pytest.approx(100 * counter.get_total_flops() * each / 1e4, rel=1e-3)
+        assert found[4] == pytest.approx(100 * (36 * weights + 12 * average) * each / 1e4, rel=1e-3)
+
+
+def test_the_machines_limits_are_of_its_fastest_turn(monkeypatch):
+    ticks, randn = itertools.accumulate(itertools.cycle([0, 5, 0, 2, 0, 3])), torch.randn
+    monkeypatch.setattr(train, "time", argparse.Namespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(torch, "randn", lambda *sizes, device: randn(2, 2))
+    assert train.machine_limits(torch.device("cpu"), torch.bfloat16) == (2048**3, 4 * 2**26)
+
+
+def test_a_graph_is_recorded_without_a_trace_and_reads_its_inputs_from_their_places(digits, tiny, monkeypatch):
+    """`Captured` with stand-ins for what needs a GPU."""
+    replayed, quiet = [], lambda *_: contextlib.nullcontext()
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        replay = lambda self: replayed.append([tensor.clone() for tensor in captured.inputs])  # noqa: E731
+
+    for name, stand_in in (("Stream", lambda _: Stream()), ("current_stream", lambda _: Stream()), ("stream", quiet),
+                           ("CUDAGraph", Graph), ("graph", quiet)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    state, loaded = a_run(digits, *LABELLED)
+    steps_of(state, loaded, 1)
+    batches = [(torch.rand(8, *SMALL), (torch.rand(5, *SMALL), torch.arange(5) + i)) for i in range(3)]
+    kept, before = copy.deepcopy(batches), copy.deepcopy(state.state_dict())
+    captured = train.Captured(state, *batches[0])
+    assert same(state.state_dict(), before)
+    for batch in batches[1:]:
+        assert captured(*batch) is captured.losses
+    assert same([[x, *few] for x, few in kept[1:]], replayed) and same(kept, batches)
+    assert {"reconstruction", "classification"} <= captured.losses.keys()
