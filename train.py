@@ -119,7 +119,7 @@ CHOICES = {
     "precision": ("auto", "float32", "bf16"),
 }
 PROJECT, FORMAT = "implicit-autoencoders", 4  # what a checkpoint says it is
-SAVE_SECONDS = 120  # between checkpoints
+SAVE_SECONDS = 120  # between checkpoints; up to five times as long where saving takes more than a tenth of it
 STOPPED = "stopped; what was saved is whole, and a run that has a folder goes on with --resume"
 JUDGED_STEPS = 400  # a discriminator or code that shows nothing by then is named in the log
 
@@ -384,6 +384,7 @@ def train(run: Run, data: dict, folder: str, stop: Stop) -> bool:
     settings, x_train, held = run.settings, data["train"].x, data["validation" if len(data["validation"].x) else "test"]
     terminal, columns = sys.stderr.isatty(), shutil.get_terminal_size().columns - 1
     clock = saved = printed = time.monotonic()
+    pause = SAVE_SECONDS
     chosen, labelled = torch.tensor(settings["labelled_rows"], device=run.device), None
     last = False
     while run.step < settings["steps"] and not last:  # not `stop.asked`: what it ends at must have been saved
@@ -407,25 +408,28 @@ def train(run: Run, data: dict, folder: str, stop: Stop) -> bool:
             print(line[:columns].ljust(columns) if over else line.ljust(columns * terminal),
                   end="\r" if over else "\n", file=sys.stderr, flush=True)
             printed = time.monotonic()
-        if run.step in (100, 200, 400) or run.step % 1000 == 0 or last:
-            model = refresh_average(run, x_train)
-            warn_of_collapse(run, model, held.x)
-            draw_figures(model, held.x, held.y, folder)
-            draw_curves(folder)
-        if time.monotonic() - saved > SAVE_SECONDS or last:
-            save_checkpoint(run, folder, x_train)
-            saved = time.monotonic()
+        draw = last or run.step in (100, 200, 400) or run.step % 1000 == 0
+        save = last or time.monotonic() - saved > pause
+        if draw or save:
+            began, model = time.monotonic(), refresh_average(run, x_train)
+            if save:  # before the pictures, which whoever stops a run may not wait for
+                save_checkpoint(run, folder)
+                saved = time.monotonic()
+                pause = max(SAVE_SECONDS, min(10 * (saved - began), 5 * SAVE_SECONDS))  # else saving were all it does
+            if draw:
+                warn_of_collapse(run, model, held.x)
+                draw_figures(model, held.x, held.y, folder)
+                draw_curves(folder)
         clock = time.monotonic()  # pictures and checkpoints do not count as training time
     return run.step >= settings["steps"] and not stop.asked
 
 
-def save_checkpoint(run: Run, folder: str, x: torch.Tensor) -> None:
+def save_checkpoint(run: Run, folder: str) -> None:
     """checkpoint.pt, whole at every moment; never with weights that are not finite (InputError)."""
     for name, parameter in run.model.named_parameters():
         if not parameter.isfinite().all():
             raise InputError(f"step {run.step}: the weights of {name} are not finite; the last checkpoint is "
                              "untouched; try lower --rates or a --penalty")
-    refresh_average(run, x)
     write(os.path.join(folder, "checkpoint.pt"), lambda part: torch.save(run.state_dict(), part))
 
 
