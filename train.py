@@ -415,7 +415,8 @@ def train(run: Run, data: dict, folder: str, stop: Stop) -> bool:
             if save:  # before the pictures, which whoever stops a run may not wait for
                 save_checkpoint(run, folder)
                 saved = time.monotonic()
-                pause = max(SAVE_SECONDS, min(10 * (saved - began), 5 * SAVE_SECONDS))  # else saving were all it does
+                # Saving is to take a tenth of the time, but what a kill costs stays bounded.
+                pause = max(SAVE_SECONDS, min(10 * (saved - began), 5 * SAVE_SECONDS))
             if draw:
                 warn_of_collapse(run, model, held.x)
                 draw_figures(model, held.x, held.y, folder)
