@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, OneHotCategorical
 
-from iae import (Decoder, Encoder, JointDiscriminator, agreement_loss, blurred, deform, discriminate,
-                 discriminator_loss, generator_loss, ripple, sample_prior)
+from iae import (Decoder, Encoder, JointDiscriminator, agreement_loss, deform, discriminate,
+                 discriminator_loss, generator_loss, noisy, ripple, sample_prior)
 
 
 class FIAE(nn.Module):
@@ -40,7 +40,7 @@ class FIAE(nn.Module):
 
     prior, objective ("paired": the rows of both pairs share x_hat) and the penalties: as in iae.IAE. positive_gradient
     moves the generator through the positive pair too. Figure 10 has local_size = noise_size = 0.
-    Not in the paper, for a categorical z: code_noise of D(x, z)'s `blurred` codes; with an agreement_weight the
+    Not in the paper, for a categorical z: code_noise of D(x, z)'s `noisy` codes; with an agreement_weight the
     recognition network sees x_hat deformed (`deform`), and descends `agreement_loss` on the data. The latter weighs
     agreement_weight times `progress`, a buffer, 1 at first, which the training loop moves from 0 to 1
     (`model.progress.fill_(share)`): while dreams look unlike data, it would form clusters of the data that are not the
@@ -156,7 +156,7 @@ class FIAE(nn.Module):
 
     def corrupted(self, x_hat: Tensor) -> Tensor:
         """x_hat rippled, then in noise: what recognition network and D(x, z) see in training."""
-        return blurred(ripple(x_hat, self.elastic) if self.elastic else x_hat, self.image_noise)
+        return noisy(ripple(x_hat, self.elastic) if self.elastic else x_hat, self.image_noise)
 
     def dreamt(self, seen: Tensor) -> Tensor:
         """What the recognition network alone sees in training: deformed where there is an agreement_weight."""
@@ -172,8 +172,8 @@ class FIAE(nn.Module):
         if self.reconstruction_discriminator is not None:
             name = "reconstruction_discriminator"
             losses[name], real[name] = discriminate(
-                self.reconstruction_discriminator, real=(seen, blurred(z, self.code_noise)),
-                fake=(seen, blurred(z_hat, self.code_noise)), objective=self.objective,
+                self.reconstruction_discriminator, real=(seen, noisy(z, self.code_noise)),
+                fake=(seen, noisy(z_hat, self.code_noise)), objective=self.objective,
                 penalty=penalty_scale * self.penalty, code_penalty=penalty_scale * self.code_penalty)
         name = "regularization_discriminator"
         losses[name], real[name] = discriminate(
@@ -211,7 +211,7 @@ class FIAE(nn.Module):
         real (batch,): the constant pair's logits, from the discriminators' pass; where the pair is no constant they are
         computed anew.
         """
-        z, z_hat = blurred(z, self.code_noise), blurred(z_hat, self.code_noise)
+        z, z_hat = noisy(z, self.code_noise), noisy(z_hat, self.code_noise)
         fake = self.reconstruction_discriminator(seen, z_hat)
         if self.positive_gradient or self.information_weight:
             real = self.reconstruction_discriminator(seen, z)

@@ -293,7 +293,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, objective: str = "gan") -> Te
     """What a discriminator descends, from the logits of real and of fake examples, both (..., batch).
 
     gan     -log D(real) - log(1 - D(fake)), the negative of Eq. 1; at its least 2 ln 2 - 2 JSD
-    paired  -log sigmoid(real - fake), relativistic: row i of both holds the same z_hat, and what they share cancels
+    paired  -log sigmoid(real - fake), relativistic: what is said of z_hat (FIAE: x_hat), which row i of both shares, cancels
     kl      the f-GAN bound on KL(real || fake), Section 2's remark on Nowozin et al. 2016: exp(T - 1) - T, T the logit
             (for a regularization GAN, whose real side is p(z), or p_data in the FIAE, the reverse of the paper's)
     """
@@ -326,9 +326,9 @@ def generator_loss(real: Tensor | None, fake: Tensor, objective: str = "gan") ->
     raise ValueError(f"objective {objective!r}: use gan, paired or kl")
 
 
-def blurred(z: Tensor, deviation: float) -> Tensor:
-    """Codes z in Gaussian noise. Not in the paper: with the same noise on real and fake codes a one-hot prior and the
-    softmax, which never is one-hot, overlap, and a discriminator cannot live on the corners of the simplex."""
+def noisy(z: Tensor, deviation: float) -> Tensor:
+    """Codes or images z in Gaussian noise. Not in the paper: in noise of one deviation real and fake codes, a one-hot
+    prior and the softmax, which never is one-hot, overlap, and no discriminator lives on the corners of the simplex."""
     return z + deviation * torch.randn_like(z) if deviation else z
 
 
@@ -356,10 +356,10 @@ def decorrelation_loss(z: Tensor) -> Tensor:
 
 def discriminate(discriminator: nn.Module, real: tuple, fake: tuple, objective: str = "gan", penalty: float = 0.0,
                  code_penalty: float = 0.0, together: bool = False) -> tuple[Tensor, Tensor]:
-    """What `discriminator` descends: `discriminator_loss` and (penalty / 2) (R1 + R2), E |dD/dinputs|^2 on both sides.
+    """What `discriminator` descends: `discriminator_loss` and (penalty / 2) (R1 + R2), of E |d logit/dinputs|^2.
 
     real, fake: tuples of the discriminator's inputs, (..., batch, *features) or None: constants here.
-    code_penalty: of (code_penalty / 2) E |dD/dz|^2, R1 on the real pair's last input alone, the code z.
+    code_penalty: of (code_penalty / 2) E |d logit/dz|^2, R1 on the real pair's last input alone, the code z.
     Gradients are of the batch's summed logits: behind BatchNorm, which mixes the rows, not quite each row's own.
     together: both sides in one pass, which is quicker; for codes (..., batch, size), and where no side's batch
     statistics matter. Returns the loss and the real side's logits (..., batch), without gradient.
@@ -397,13 +397,13 @@ class IAE(nn.Module):
 
     prior of z: "gaussian", N(0, I), or "categorical", one-hot; objective: of both GANs, see `discriminator_loss` (D(z),
     whose sides share no rows, has Eq. 1 where it is "paired"). penalty, regularization_penalty (None: the same): gamma
-    of R1 + R2 on D(x, z), D(z). reconstruction_weight, regularization_weight: of the losses that encoder and decoder
-    descend. positive_gradient: these losses reach the encoder through the positive pair too (footnote 1).
+    of R1 + R2 on D(x, z) and the sample D(x), on D(z). reconstruction_weight, regularization_weight: of the losses that
+    encoder and decoder descend. positive_gradient: these reach the encoder through the positive pair too (footnote 1).
 
     Section 2's cases: 1 local_size 0 without regularization, 2 local_size 0, 3 without regularization, 4 as it is.
     Not in the paper: code_penalty of D(x, z)'s gradient by the code (`discriminate`); for a Gaussian z
     decorrelation_weight of `decorrelation_loss`; for a categorical z agreement_weight of `agreement_loss`, elastic
-    (`ripple`) of its deformed images, code_noise of D(z)'s `blurred` codes.
+    (`ripple`) of its deformed images, code_noise of D(z)'s `noisy` codes.
     """
 
     def __init__(self, encoder: nn.Module | None, decoder: nn.Module, reconstruction_discriminator: nn.Module | None,
@@ -553,12 +553,12 @@ class IAE(nn.Module):
 
     def regularization_discriminator_loss(self, z_hat: Tensor, penalty_scale: float = 1.0) -> Tensor:
         """What D(z) descends: fresh z ~ p(z) are real, z_hat (..., batch, global_size) fake, a constant."""
-        real = blurred(self.sample_codes(*z_hat.shape[:-1]), self.code_noise)
+        real = noisy(self.sample_codes(*z_hat.shape[:-1]), self.code_noise)
         # z and z_hat share nothing row by row, so "paired" has no meaning here: Eq. 1 takes its place. One pass for
         # both sides is quicker where layers are large; the toys, whose codes are (seeds, batch, size), keep two
         # passes, on whose rounding their committed numbers depend.
         return discriminate(
-            self.regularization_discriminator, real=(real,), fake=(blurred(z_hat, self.code_noise),),
+            self.regularization_discriminator, real=(real,), fake=(noisy(z_hat, self.code_noise),),
             objective="gan" if self.objective == "paired" else self.objective,
             penalty=penalty_scale * self.regularization_penalty, together=z_hat.dim() == 2)[0]
 
@@ -589,7 +589,7 @@ class IAE(nn.Module):
         losses["reconstruction"] = self.reconstruction_weight * loss
         if self.regularization_discriminator is not None:
             objective = "gan" if self.objective == "paired" else self.objective
-            fake = self.regularization_discriminator(blurred(z_hat, self.code_noise))
+            fake = self.regularization_discriminator(noisy(z_hat, self.code_noise))
             losses["regularization"] = self.regularization_weight * generator_loss(None, fake, objective)
         if self.decorrelation_weight:
             losses["decorrelation"] = self.decorrelation_weight * decorrelation_loss(z_hat)  # the encoder's

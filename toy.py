@@ -105,10 +105,11 @@ class MLP(nn.Module):
     """A ReLU network for each seed, batched: (seeds, batch, inputs) to (seeds, batch, outputs), or (seeds, batch) of 1.
 
     Takes its input in parts, any of them None, as iae.py's networks are called: f(x, eps), g(z, n), D(x, z), D(z).
-    He's initialization, drawn from one torch.Generator a seed, but for the first layer: its weights and biases are
-    N(0, 1), so that its kinks lie all over the data and do not all meet at the origin. A softmax comes after a
-    BatchNorm of fixed scale, "FC Linear. BN" of Appendix D.2: it keeps every code in use and none out of reach of
-    gradients. slope is that of the ReLUs below 0: not 0 where a discriminator's units must survive a large rate.
+    He's initialization, drawn from one torch.Generator a seed, but for the last layer, of half that variance, and the
+    first: its weights and biases are N(0, 1), so that its kinks lie all over the data, not all in the origin. A softmax
+    comes after a BatchNorm of fixed scale, "FC Linear. BN" of Appendix D.2: it keeps every code in use and none out of
+    reach of gradients. slope is that of the ReLUs below 0: not 0 where a discriminator's units must survive a large
+    rate.
     """
 
     def __init__(self, generators: list[torch.Generator], inputs: int, outputs: int, width: int, depth: int = 2,
@@ -390,7 +391,7 @@ def run_four_points(kinds: tuple[str, ...], recipe: dict, options: argparse.Name
     share_min    least share of a point in these (ideal .25)
     agreement    share of z ~ q(z|x_i) that the generator maps nearest to x_i: mass of q in its own true region
     overlap      of the four q(z|x_i), and true_overlap of the four p(z|x_i), which is 0 but for the histogram
-    mmd, mmd_floor, mmd_p                  `mmd_test` of q(z), with x from the data, against p(z), 10,000 samples each
+    mmd, mmd_floor, mmd_p                  `mmd_test` of q(z), with x from the data, against p(z), `count` samples each
     posterior_mmd, _floor, _p              the same of q(z|x_i) against p(z|x_i) by rejection: mean over the four points
     alignment    of the true posterior's borders
     """

@@ -4,7 +4,8 @@
     python train.py --resume runs/mnist-10-100-0                 go on where a run was cut off
     python train.py --from runs/mnist-10-100-0 --sample 100      a sheet of samples from a trained model
 
-The algorithm is `train`; around it stand the settings, the folder of a run, and the pictures.
+The algorithm is `update`, one step of both players; around it stand its loop, `train`, the settings, the folder of a
+run, and the pictures.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import InputError, batch_indices, brief, fingerprints, load_dataset, load_picture
 from fiae import FIAE, InfoGAN
-from iae import IAE, blurred, layout_of, shift, to_range, to_uint8
+from iae import IAE, layout_of, noisy, shift, to_range, to_uint8
 from metrics import (assignments, draw, draw_local, evaluate, evaluate_clusters, fixed_classifier,
                      variance_map)
 
@@ -51,7 +52,7 @@ from metrics import (assignments, draw, draw_local, evaluate, evaluate_clusters,
 RECIPES = {
     "paper": dict(
         objective="gan",  # Eq. 1, non-saturating
-        penalty=0.0,  # gamma of R1 + R2 on the reconstruction discriminator
+        penalty=0.0,  # gamma of R1 + R2 on the reconstruction discriminator (and the D(x) of --sample-weight)
         regularization_penalty=0.0,  # and on the regularization discriminator
         penalty_every=1,  # K: penalties in each K-th step, with K times their gamma; lazy ones (Karras et al. 2020)
         reconstruction_weight=1.0,  # of the reconstruction GAN's loss in what encoder and decoder descend
@@ -68,7 +69,7 @@ RECIPES = {
         elastic=0.0,  # of ripples in what the FIAE's recognition network and D(x, z) see, in the IAE's deformed copies
         agreement_weight=0.0,  # of the probability that a deformed image gets the same code
         local_scale=1.0,  # of the decoder's initial weights of n
-        batch_norm=True,  # in the reconstruction discriminator
+        batch_norm=True,  # in the discriminators of images
         beta1=0.5,  # of Adam
         rates=(1e-3, 1e-3, 2e-4, 2e-4),  # Adam's, of encoder, decoder, reconstruction and regularization discriminator
         decay=0.0,  # the share of training, at its end, over which all rates fall linearly to zero
@@ -270,7 +271,7 @@ def update(run: Run, x: torch.Tensor, labelled: tuple[torch.Tensor, torch.Tensor
         sum(losses.values()).backward()
         run.discriminator_optimizer.step()
     if run.recent is not None:  # D(z) is cheap and must see every hole that q(z) leaves in p(z): it gets further steps
-        for z_hat in run.recent:  # (batch, global), the codes of an earlier batch
+        for z_hat in run.recent:  # (batch, global), codes of an earlier batch, at first of p(z)
             with precision:
                 loss = model.regularization_discriminator_loss(z_hat, run.penalty_scale)
             run.discriminator_optimizer.zero_grad()
@@ -892,8 +893,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--prior", default="gaussian", choices=CHOICES["prior"],
         help="p(z); categorical: --global is the number of clusters (%(default)s)")
     add("--conditioning", choices=CHOICES["conditioning"],
-        help="how D(x, z) sees z, D.1 (gaussian: dependent, categorical: invariant; fiae, unless --recipe paper: "
-             "distance, projection)")
+        help="how D(x, z) sees z, D.1 (gaussian: dependent, categorical: invariant; fiae with --objective "
+             "paired: distance, projection)")
     add("--no-regularization", action="store_true",
         help="drop KL(q(z) || p(z)), cases 1 and 3; a Gaussian code's samples come from a Gaussian fitted to q(z)")
     add("--euclidean", action="store_true", help="squared error in place of the reconstruction GAN; case 2: the AAE")
@@ -1137,8 +1138,8 @@ def settings_of(args: argparse.Namespace, data: dict) -> dict:
     settings["rates"] = list(settings["rates"])
     d1 = "dependent" if args.prior == "gaussian" else "invariant"  # Appendix D.1's choice
     pairs = "distance" if args.prior == "gaussian" else "projection"  # the FIAE's, which share x_hat
-    own = args.model != "iae" and args.recipe == "stable"
-    settings["conditioning"] = args.conditioning or (pairs if own else d1)
+    shared = args.model != "iae" and settings["objective"] == "paired"
+    settings["conditioning"] = args.conditioning or (pairs if shared else d1)
     settings["device"] = str(pick_device(args.device))
     settings["precision"] = pick_precision(args.precision, torch.device(settings["device"]))
     settings["capture"] = args.capture and settings["device"].startswith("cuda")
@@ -1309,7 +1310,7 @@ def field_update(run: Run, x: torch.Tensor) -> None:
     pairs = {}  # whose logits are computed anew, where `update` takes those of the discriminators' pass
     if isinstance(model, FIAE):
         if model.objective == "paired" and not model.information_weight:
-            pairs["reconstruction_discriminator"] = outputs[2], blurred(outputs[0], model.code_noise)
+            pairs["reconstruction_discriminator"] = outputs[2], noisy(outputs[0], model.code_noise)
         if model.regularization_objective == "paired":
             pairs["regularization_discriminator"] = (x,)
     elif model.objective == "paired":
