@@ -182,7 +182,7 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Tensor:
     Raises InputError where batch_size is not within 1..count.
     """
     if not 1 <= batch_size <= count:
-        raise InputError(f"batch size {batch_size}: use 1 to {count}, the number of training images")
+        raise InputError(f"batch size {batch_size}: use 2 to {count}, the number of training images")
     epoch, batch = divmod(step, count // batch_size)
     return epoch_order(count, seed, epoch)[batch * batch_size : (batch + 1) * batch_size].clone()
 
@@ -511,7 +511,7 @@ def load_npz(path: Path) -> tuple[Images, Images]:
         if x is None:
             raise ValueError("it holds no array x")
     except ZIP_ERRORS as error:
-        hint = "write it with numpy.savez(path, x=x, y=y)"
+        hint = "may it be read?" if isinstance(error, PermissionError) else "write it with numpy.savez(path, x=x, y=y)"
         raise InputError(f"{path}: cannot be read ({brief(error)}); {hint}") from None
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.shape[3:] not in ((), (1,), (3,)) or 0 in x.shape[1:]:
         wanted = "uint8 of shape (N, H, W), (N, H, W, 1) or (N, H, W, 3)"
@@ -519,7 +519,7 @@ def load_npz(path: Path) -> tuple[Images, Images]:
     if y is not None and (y.dtype.kind not in "iu" or y.ndim not in (1, 2) or len(y) != len(x)
                           or y.ndim == 2 and y.shape[1] < 2):
         raise InputError(f"{path}: y is {y.dtype} of shape {y.shape}; it must be integers of shape ({len(x)},), or "
-                         f"({len(x)}, attributes)")
+                         f"({len(x)}, attributes) with two attributes or more")
     most = 1 if y is not None and y.ndim == 2 else MOST_LABEL
     for label in () if y is None or not len(y) else (y.min(), y.max()):
         if not 0 <= label <= most:

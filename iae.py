@@ -293,7 +293,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, objective: str = "gan") -> Te
     """What a discriminator descends, from the logits of real and of fake examples, both (..., batch).
 
     gan     -log D(real) - log(1 - D(fake)), the negative of Eq. 1; at its least 2 ln 2 - 2 JSD
-    paired  -log sigmoid(real - fake), relativistic: what is said of z_hat (FIAE: x_hat), which row i of both shares, cancels
+    paired  -log sigmoid(real - fake), relativistic: what is said of z_hat (FIAE: x_hat), shared by row i, cancels
     kl      the f-GAN bound on KL(real || fake), Section 2's remark on Nowozin et al. 2016: exp(T - 1) - T, T the logit
             (for a regularization GAN, whose real side is p(z), or p_data in the FIAE, the reverse of the paper's)
     """

@@ -545,7 +545,8 @@ def write(path: str, save) -> None:
     except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
         with contextlib.suppress(OSError):
             os.remove(path + ".part")
-        raise InputError(f"cannot write {path} ({brief(error)}); free space there, or use another folder") from None
+        raise InputError(f"cannot write {path} ({brief(error)}); make its folder, free space there, or use "
+                         "another") from None
 
 
 def write_json(path: str, content: dict) -> None:
@@ -928,7 +929,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
         help="on CUDA, replay the update as one CUDA graph; --no-capture: step by step (%(default)s)")
     add("--out", help="the run's folder (runs/DATASET-GLOBAL-LOCAL-NUMBER)")
     add("--resume", metavar="RUN",
-        help="go on with a run's folder or checkpoint; --epochs, --steps, --device and --data-dir may change")
+        help="go on with a run's folder or checkpoint; --epochs, --steps, --device, --capture, --data-dir and where "
+             "--dataset lies may change; a run that is done is measured anew")
     add("--init", metavar="RUN", help="begin with the weights of another run of the same sizes, step 0 of a new one")
     add("--benchmark", action="store_true", help="a table: a step of ours, of the field's way, of plain float32")
 
@@ -936,12 +938,18 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     add("--from", metavar="RUN", help="a run's folder or checkpoint, with one of the following")
     add("--sample", type=int, metavar="COUNT", help="write a sheet of samples to --out (samples.png)")
     add("--reconstruct", nargs="+", metavar="PICTURE",
-        help="write your own pictures over five reconstructions each to --out (reconstructed.png)")
+        help="write your own pictures (like the training data: digits white on black) over five reconstructions each "
+             "to --out (reconstructed.png)")
     args = parser.parse_args(argv)
     unset = object()
     again = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     given = {name for name, value in vars(again).items() if value is not unset}
     check(parser.error, args)
+    idle = sorted(given - {"from", "sample", "reconstruct", "out", "device", "seed"}) if vars(args)["from"] else []
+    if idle:
+        parser.error(f"--from uses a trained model as it is: drop --{idle[0].replace('_', '-')}")
+    if args.seeds and "seed" in given:
+        parser.error("--seeds has the seeds already: drop --seed")
     return args, given
 
 
@@ -1000,8 +1008,9 @@ def check(error, args: argparse.Namespace) -> None:
         error("--global 1 --prior categorical: one cluster says nothing; give 2 or more")
     if args.model != "iae" and (args.euclidean or args.no_regularization or args.labels or sizes["global"] == 0):
         error(f"--model {args.model}: --global 0, --euclidean, --no-regularization and --labels are the IAE's")
-    if args.model == "infogan" and (args.noise or args.conditioning or args.positive_gradient):
-        error("--model infogan has no D(x, z) and no eps: drop --noise, --conditioning and --positive-gradient")
+    if args.model == "infogan" and (args.noise or args.conditioning or args.code_penalty or args.positive_gradient):
+        error("--model infogan has no D(x, z) and no eps: drop --noise, --conditioning, --code-penalty and "
+              "--positive-gradient")
     if args.labels == 1:
         error("--labels 1: BatchNorm needs at least 2 images")
     if args.labels and args.prior != "categorical":
@@ -1043,8 +1052,8 @@ def check(error, args: argparse.Namespace) -> None:
         error(f"--averaging {args.averaging}: must be at least 0 and below 1")
     if args.decay is not None and not 0 <= args.decay <= 1:
         error(f"--decay {args.decay}: must be from 0 to 1")
-    if args.euclidean and args.positive_gradient:
-        error("--euclidean has no reconstruction GAN: drop --positive-gradient")
+    if args.euclidean and (args.positive_gradient or args.conditioning or args.code_penalty):
+        error("--euclidean has no reconstruction GAN: drop --positive-gradient, --conditioning and --code-penalty")
     if args.validation == 1:
         error("--validation 1: a spread needs 2 images or more")
     if args.batch_size < 2:
@@ -1053,8 +1062,10 @@ def check(error, args: argparse.Namespace) -> None:
         error("--sample and --reconstruct need a trained model: name it by --from RUN")
     if sizes["from"] and bool(args.sample) == bool(args.reconstruct):
         error("--from RUN: say what to make with it, --sample COUNT or --reconstruct PICTURE")
-    if sizes["from"] and (args.resume or args.init or args.seeds):
-        error("--from uses a trained model: drop --resume, --init and --seeds")
+    if sizes["from"] and args.out and not args.out.endswith(".png"):
+        error(f"--out {args.out}: the sheet is a PNG; give a name that ends in .png")
+    if sizes["from"] and args.out in (args.reconstruct or ()):
+        error(f"--out {args.out} would replace your picture; name another file")
     if args.benchmark and (args.resume or args.seeds or args.init or args.labels):
         error("--benchmark trains a new model for some steps: drop --resume, --seeds, --init and --labels")
     for name in ("resume", "init", "from"):
@@ -1254,7 +1265,8 @@ def resume(args: argparse.Namespace, given: set, first: dict | None = None) -> t
 
         write(lines, save)
     run.lock, run.host = held, host_facts(run.device)
-    write_json(os.path.join(folder, "config.json"), {**settings, "host": run.host})
+    if run.step < settings["steps"]:  # where nothing is left to train, config.json keeps what trained it
+        write_json(os.path.join(folder, "config.json"), {**settings, "host": run.host})
     return run, data, folder
 
 
