@@ -948,6 +948,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     idle = sorted(given - {"from", "sample", "reconstruct", "out", "device", "seed"}) if vars(args)["from"] else []
     if idle:
         parser.error(f"--from uses a trained model as it is: drop --{idle[0].replace('_', '-')}")
+    if (args.euclidean or args.model == "infogan") and given & {"conditioning", "code_penalty"}:
+        parser.error("--euclidean and --model infogan have no D(x, z): drop --conditioning and --code-penalty")
     if args.seeds and "seed" in given:
         parser.error("--seeds has the seeds already: drop --seed")
     return args, given
@@ -1008,9 +1010,8 @@ def check(error, args: argparse.Namespace) -> None:
         error("--global 1 --prior categorical: one cluster says nothing; give 2 or more")
     if args.model != "iae" and (args.euclidean or args.no_regularization or args.labels or sizes["global"] == 0):
         error(f"--model {args.model}: --global 0, --euclidean, --no-regularization and --labels are the IAE's")
-    if args.model == "infogan" and (args.noise or args.conditioning or args.code_penalty or args.positive_gradient):
-        error("--model infogan has no D(x, z) and no eps: drop --noise, --conditioning, --code-penalty and "
-              "--positive-gradient")
+    if args.model == "infogan" and (args.noise or args.conditioning or args.positive_gradient):
+        error("--model infogan has no D(x, z) and no eps: drop --noise, --conditioning and --positive-gradient")
     if args.labels == 1:
         error("--labels 1: BatchNorm needs at least 2 images")
     if args.labels and args.prior != "categorical":
@@ -1052,8 +1053,8 @@ def check(error, args: argparse.Namespace) -> None:
         error(f"--averaging {args.averaging}: must be at least 0 and below 1")
     if args.decay is not None and not 0 <= args.decay <= 1:
         error(f"--decay {args.decay}: must be from 0 to 1")
-    if args.euclidean and (args.positive_gradient or args.conditioning or args.code_penalty):
-        error("--euclidean has no reconstruction GAN: drop --positive-gradient, --conditioning and --code-penalty")
+    if args.euclidean and args.positive_gradient:
+        error("--euclidean has no reconstruction GAN: drop --positive-gradient")
     if args.validation == 1:
         error("--validation 1: a spread needs 2 images or more")
     if args.batch_size < 2:
