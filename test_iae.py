@@ -963,6 +963,18 @@ def test_every_case_of_sections_2_and_3_runs_and_goes_on(options, digits, tmp_pa
     assert json.loads((out / "final.json").read_text())["steps"] == 3
 
 
+def test_a_finished_run_measured_anew_keeps_who_trained_it(digits, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    commit = lambda name: json.loads((out / name).read_text())["host"]["commit"]  # noqa: E731
+    run("--dataset", digits, *COMMON, "--steps", 1, "--out", out)
+    trained = commit("config.json")
+    monkeypatch.setattr(train, "commit_of_this_code", lambda: "later")
+    run("--resume", out)
+    assert commit("config.json") == trained != commit("final.json") == "later"
+    run("--resume", out, "--steps", 2)
+    assert commit("config.json") == "later"
+
+
 @pytest.mark.parametrize("count", [4, 60])
 def test_few_images_and_a_class_that_only_the_test_part_has_are_measured(count, tmp_path):
     x, y = np.random.default_rng(0).integers(0, 255, (count, 16, 16), dtype=np.uint8), np.arange(count) % 2
