@@ -423,6 +423,9 @@ def train(run: Run, data: dict, folder: str, stop: Stop) -> bool:
                 draw_figures(model, held.x, held.y, folder)
                 draw_curves(folder)
         clock = time.monotonic()  # pictures and checkpoints do not count as training time
+    if run.step == run.taken_up[0]:  # who saved this end may have been killed before drawing it
+        draw_figures(run.averaged, held.x, held.y, folder)
+        draw_curves(folder)
     return run.step >= settings["steps"] and not stop.asked
 
 
