@@ -356,7 +356,8 @@ def decorrelation_loss(z: Tensor) -> Tensor:
 
 def discriminate(discriminator: nn.Module, real: tuple, fake: tuple, objective: str = "gan", penalty: float = 0.0,
                  code_penalty: float = 0.0, together: bool = False) -> tuple[Tensor, Tensor]:
-    """What `discriminator` descends: `discriminator_loss` and (penalty / 2) (R1 + R2), of E |d logit/dinputs|^2.
+    """What `discriminator` descends: `discriminator_loss` and (penalty / 2) (R1 + R2), which are E |d logit/dinputs|^2
+    on the real (R1) and on the fake side (R2).
 
     real, fake: tuples of the discriminator's inputs, (..., batch, *features) or None: constants here.
     code_penalty: of (code_penalty / 2) E |d logit/dz|^2, R1 on the real pair's last input alone, the code z.
