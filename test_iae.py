@@ -2004,7 +2004,9 @@ def test_many_steps_take_no_more_memory_or_time_a_step(digits, tmp_path, tiny, m
     (("--paired-regularization",), "--paired-regularization"), (("--elastic", 0.1), "--elastic"),
     (("--model", "fiae", "--elastic", -1), "--elastic -1"), (("--information-weight", 1), "--information-weight"),
     (("--seeds", 1, 1), "--seeds"),
-    (("--labels", 7, "--prior", "categorical"), "--labels 7"), (("--seeds", 1, 2), "--out"),
+    (("--labels", 7, "--prior", "categorical"), "give a multiple of 10"), (("--seeds", 1, 2), "--out"),
+    (("--labels", 30, "--prior", "categorical", "--global", 3), "give --global 10"),
+    (("--labels", 10000, "--prior", "categorical"), "give at most"),
     (("--prior", "categorical", "--global", 1), "one cluster"), (("--validation", 1), "--validation 1"),
     (("--model", "fiae", "--euclidean"), "--euclidean"), (("--model", "infogan", "--noise", 3), "--noise"),
     (("--labels", 1, "--prior", "categorical"), "--labels 1"), (("--epochs", 1e308), "--epochs"),
@@ -2019,7 +2021,9 @@ def test_many_steps_take_no_more_memory_or_time_a_step(digits, tmp_path, tiny, m
     (("--from", "x", "--reconstruct", "b.png", "a.png", "--out", "a.png"), "replace your picture"),
     (("--euclidean", "--positive-gradient"), "--positive-gradient"),
     (("--euclidean", "--conditioning", "distance"), "--conditioning"),
-    (("--euclidean", "--code-penalty", 1), "--code-penalty"),
+    (("--euclidean", "--code-penalty", 1), "--code-penalty"), (("--euclidean", "--penalty", 1), "drop --penalty"),
+    (("--no-regularization", "--regularization-weight", 1), "drop --regularization-weight"),
+    (("--sample-rate", 0.1), "drop --sample-rate"), (("--label-seed", 1), "drop --label-seed"),
     (("--model", "infogan", "--code-penalty", 1), "no D(x, z)"),
     (("--seeds", 1, 2, "--out", "y", "--seed", 3), "drop --seed"),
     (("--benchmark", "--labels", 20, "--prior", "categorical"), "--labels"), (("--benchmark", "--init", "x"), "--init"),
@@ -4127,9 +4131,8 @@ def test_ripples_move_pixels_down_as_they_move_them_right():
 
 def test_each_network_learns_at_its_own_rate(digits, tiny):
     for model, encoder, decoder in (("iae", "encoder", "decoder"), ("fiae", "recognition", "generator")):
-        more = ("--sample-weight", 1) if model == "iae" else ()
-        state, _ = a_run(digits, "--model", model, "--rates", 0.1, 0.2, 0.3, 0.4, "--sample-rate", 0.5, "--beta1", 0.25,
-                         *more)
+        more = ("--sample-weight", 1, "--sample-rate", 0.5) if model == "iae" else ()
+        state, _ = a_run(digits, "--model", model, "--rates", 0.1, 0.2, 0.3, 0.4, "--beta1", 0.25, *more)
         wanted = {encoder: 0.1, decoder: 0.2, "reconstruction_discriminator": 0.3, "regularization_discriminator": 0.4,
                   "sample_discriminator": 0.5}
         groups = [*state.autoencoder_optimizer.param_groups, *state.discriminator_optimizer.param_groups]

@@ -948,13 +948,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, set]:
     again = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     given = {name for name, value in vars(again).items() if value is not unset}
     check(parser.error, args)
-    idle = sorted(given - {"from", "sample", "reconstruct", "out", "device", "seed"}) if vars(args)["from"] else []
-    if idle:
-        parser.error(f"--from uses a trained model as it is: drop --{idle[0].replace('_', '-')}")
-    if (args.euclidean or args.model == "infogan") and given & {"conditioning", "code_penalty"}:
-        parser.error("--euclidean and --model infogan have no D(x, z): drop --conditioning and --code-penalty")
-    if args.seeds and "seed" in given:
-        parser.error("--seeds has the seeds already: drop --seed")
+    refuse_idle(parser.error, args, given)
     return args, given
 
 
@@ -1077,6 +1071,23 @@ def check(error, args: argparse.Namespace) -> None:
             error(f"--{name}: its value is empty; name a run's folder")
 
 
+def refuse_idle(error, args: argparse.Namespace, given: set) -> None:
+    """Calls `error` where the command line gives a flag that, beside the others, would change nothing."""
+    from_alone = given - {"from", "sample", "reconstruct", "out", "device", "seed"}
+    for there, idle, why in (
+            (vars(args)["from"], from_alone, "--from uses a trained model as it is"),
+            (args.seeds, {"seed"}, "--seeds has the seeds already"),
+            (args.euclidean or args.model == "infogan", {"conditioning", "code_penalty"},
+             "--euclidean and --model infogan have no D(x, z)"),
+            (args.euclidean and not args.sample_weight, {"penalty"}, "--euclidean has no D(x, z)"),
+            (args.no_regularization, {"regularization_weight", "regularization_penalty"},
+             "--no-regularization has no D(z)"),
+            (not args.sample_weight and not args.resume, {"sample_rate"}, "without --sample-weight there is no D(x)"),
+            (not args.labels and not args.resume, {"label_seed"}, "without --labels none are drawn")):
+        if there and given & idle:
+            error(f"{why}: drop --{min(given & idle).replace('_', '-')}")
+
+
 def pick_device(name: str) -> torch.device:
     """The device of --device; InputError where it is not there."""
     if name == "auto":
@@ -1111,9 +1122,13 @@ def labelled_rows(y: torch.Tensor | None, count: int, clusters: int, seed: int) 
     if y is None or y.dim() != 1:
         raise InputError(f"--labels {count}: this data set has no class labels; drop --labels")
     classes = int(y.max()) + 1
-    if classes > clusters or count % classes or count // classes > int(torch.bincount(y.long()).min()):
-        raise InputError(f"--labels {count}: needs the same number of each of {classes} classes, no more than there "
-                         f"are, and --global {classes} or more")
+    fewest = int(torch.bincount(y.long()).min())
+    if classes > clusters:
+        raise InputError(f"--labels {count}: {classes} classes need as many clusters; give --global {classes} or more")
+    if count % classes:
+        raise InputError(f"--labels {count}: each of {classes} classes gets as many; give a multiple of {classes}")
+    if count // classes > fewest:
+        raise InputError(f"--labels {count}: a class has {fewest} training images; give at most {classes * fewest}")
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
     rows = torch.cat([order[y[order] == kind][:count // classes] for kind in range(classes)])
     return sorted(rows.tolist())
