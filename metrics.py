@@ -625,7 +625,7 @@ def table(paths: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit("usage: python metrics.py results/mnist-*.json  (prints their numbers as a Markdown table)")
     try:
         print(table(sys.argv[1:]))
