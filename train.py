@@ -642,10 +642,7 @@ def checked_settings(settings: dict) -> dict:
     def refuse(message):
         raise ValueError(message)
 
-    given = {"no_regularization": not found["regularization"]}
-    if found["model"] == "infogan":  # which has none, though its settings name the default
-        given["conditioning"] = None
-    check(refuse, argparse.Namespace(**{**defaults, **found, **given}))
+    check(refuse, argparse.Namespace(**{**defaults, **found, "no_regularization": not found["regularization"]}))
     return found
 
 
@@ -1007,8 +1004,8 @@ def check(error, args: argparse.Namespace) -> None:
         error("--global 1 --prior categorical: one cluster says nothing; give 2 or more")
     if args.model != "iae" and (args.euclidean or args.no_regularization or args.labels or sizes["global"] == 0):
         error(f"--model {args.model}: --global 0, --euclidean, --no-regularization and --labels are the IAE's")
-    if args.model == "infogan" and (args.noise or args.conditioning or args.positive_gradient):
-        error("--model infogan has no D(x, z) and no eps: drop --noise, --conditioning and --positive-gradient")
+    if args.model == "infogan" and (args.noise or args.positive_gradient):
+        error("--model infogan has no D(x, z) and no eps: drop --noise and --positive-gradient")
     if args.labels == 1:
         error("--labels 1: BatchNorm needs at least 2 images")
     if args.labels and args.prior != "categorical":
