@@ -925,10 +925,21 @@ def is_official(path: Path, size: int, md5: str) -> bool:
     return digest.hexdigest() == md5
 
 
+def part_of(path: Path) -> Path:
+    """A name beside `path`, of this process alone, to write the file under until it is whole.
+
+    What others left under such names is removed where it has not grown for a minute: they were killed."""
+    for other in path.parent.glob(f"{path.name}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - other.stat().st_mtime > 6 * SILENT_SECONDS:
+                other.unlink()
+    return path.with_name(f"{path.name}.{os.getpid()}.part")
+
+
 def fetch(label: str, name: str, addresses: Sequence[str], size: int, md5: str, folder: Path, by_hand: str) -> Path:
     """Fetches an official file from the first address that gives it whole, into `folder`. InputError if none does."""
     path, reasons = folder / name, []
-    part = path.with_name(f"{name}.{os.getpid()}.part")
+    part = part_of(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         open(part, "wb").close()
@@ -991,7 +1002,7 @@ def download(url: str, file: BinaryIO, limit: int, label: str, name: str) -> Non
 
 def save(path: Path, *pieces):
     """Writes a file whole or not at all, through a temporary file beside it. Raises InputError."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

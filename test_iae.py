@@ -1271,7 +1271,9 @@ def test_a_sweep_goes_on_where_it_was_cut_off(digits, tmp_path, monkeypatch, cap
     (out / "seed-0" / "final.json").unlink()
     run(*command, "--seeds", 0, 1)
     assert json.loads((out / "seed-0" / "final.json").read_text())["metrics"] == json.loads(final)["metrics"]
-    images = json.loads((out / "seed-0" / "final.json").read_text())["settings"]["data"]["train"]["images"]
+    settings = json.loads((out / "seed-0" / "final.json").read_text())["settings"]
+    assert "epochs" not in settings  # --steps decided, and --epochs in steps_of
+    images = settings["data"]["train"]["images"]
     longer = [part for part in command if part not in ("--steps", 2)]
     run(*longer, "--seeds", 0, "--epochs", 4 / (images // COMMON[-1]))  # four steps: two more
     assert len(steps) == 4 and json.loads((out / "sweep.json").read_text())["steps"] == 4
@@ -2851,6 +2853,22 @@ def test_one_class_is_no_label(tmp_path):
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     assert "no such folder" in one_line(data.load_dataset, str(tmp_path / "gone"), image_size=16)
     assert "--image-size belongs to a folder" in one_line(data.load_dataset, "mnist", image_size=16)
+
+
+@pytest.mark.parametrize("writer", ["save", "fetch"])
+def test_what_a_killed_process_left_is_removed(tmp_path, writer):
+    left, growing = tmp_path / "x.1.part", tmp_path / "x.2.part"
+    left.write_bytes(b"half"), growing.write_bytes(b"half"), (tmp_path / "y.1.part").write_bytes(b"half")
+    for other in (left, tmp_path / "y.1.part"):
+        os.utime(other, (time.time() - 90, time.time() - 90))
+    os.utime(growing, (time.time() - 20, time.time() - 20))  # a slow mirror, or a sleepy disk
+    if writer == "save":
+        data.save(tmp_path / "x", b"whole")
+        assert (tmp_path / "x").read_bytes() == b"whole"
+    else:
+        with pytest.raises(data.InputError):
+            data.fetch("svhn", "x", ["http://127.0.0.1:9/x"], 1, "", tmp_path, "elsewhere")
+    assert {path.name for path in tmp_path.iterdir()} - {"x"} == {"x.2.part", "y.1.part"}
 
 
 def test_a_full_disk_is_not_the_mirrors_fault(monkeypatch):

@@ -119,6 +119,8 @@ CHOICES = {
     "conditioning": ("dependent", "invariant", "projection", "distance"), "recipe": tuple(RECIPES),
     "precision": ("auto", "float32", "bf16"),
 }
+# What of the command line config.json does not keep: what it asks for, and what is kept under another name.
+NO_SETTINGS = "resume", "from", "sample", "reconstruct", "no_regularization", "seeds", "benchmark", "epochs"
 PROJECT, FORMAT = "implicit-autoencoders", 4  # what a checkpoint says it is
 SAVE_SECONDS = 120  # between checkpoints; up to five times as long where saving takes more than a tenth of it
 STOPPED = "stopped; what was saved is whole, and a run that has a folder goes on with --resume"
@@ -614,10 +616,10 @@ def checked_settings(settings: dict) -> dict:
     What an older version did not know yet takes its default. Raises KeyError, TypeError or ValueError.
     """
     defaults = vars(parse([])[0])
-    kinds = {**defaults, **RECIPES["stable"], "epochs": 1.0, "steps": 1, "conditioning": "", "rates": [1.0],
-             "shape": [1], "regularization": True, "labelled_rows": [1], "label_seed": 1, "data": {}, "out": "",
-             "image_size": 1, "init": ""}
-    for name in ("resume", "from", "sample", "reconstruct", "no_regularization", "seeds", "benchmark"):
+    kinds = {**defaults, **RECIPES["stable"], "steps": 1, "conditioning": "", "rates": [1.0], "shape": [1],
+             "regularization": True, "labelled_rows": [1], "label_seed": 1, "data": {}, "out": "", "image_size": 1,
+             "init": ""}
+    for name in NO_SETTINGS:
         del kinds[name]
     found = {}
     for name, kind in kinds.items():
@@ -1151,7 +1153,7 @@ def settings_of(args: argparse.Namespace, data: dict) -> dict:
                 "data": fingerprints(data),
                 "label_seed": args.seed if args.label_seed is None else args.label_seed}
     settings["labelled_rows"] = labelled_rows(y, args.labels, vars(args)["global"], settings["label_seed"])
-    for name in ("resume", "from", "sample", "reconstruct", "no_regularization", "seeds", "benchmark"):
+    for name in NO_SETTINGS:
         del settings[name]
     recipe = dict(RECIPES[args.recipe])
     if args.recipe == "stable" and args.model != "iae":
@@ -1221,7 +1223,8 @@ def refuse_changes(args: argparse.Namespace, given: set, settings: dict) -> None
 
 def refuse_unlike(settings: dict, first: dict | None) -> None:
     """InputError where a run of a sweep differs from its first one in more than the seed and where it is made."""
-    own = {"seed", "label_seed", "labelled_rows", "out", "device", "data_dir", "dataset", "capture", "epochs"}
+    own = {"seed", "label_seed", "labelled_rows", "out", "device", "data_dir", "dataset", "capture"}
+    own.add("epochs")  # which older versions kept
     for name in sorted(first.keys() - own if first else ()):
         if settings.get(name) != first[name]:
             raise InputError(f"{settings['out']}: {name} is {settings.get(name)}, but {first[name]} in {first['out']}; "
@@ -1236,7 +1239,7 @@ def resume(args: argparse.Namespace, given: set, first: dict | None = None) -> t
     state = read_checkpoint(path)
     settings = state["settings"]
     refuse_changes(args, given, settings)
-    settings |= {name: vars(args)[name] for name in ("data_dir", "dataset", "epochs") if name in given}
+    settings |= {name: vars(args)[name] for name in ("data_dir", "dataset") if name in given}
     if "capture" in given or settings["device"] == "cpu":  # a CPU's run has it off
         settings["capture"] = args.capture
     try:
