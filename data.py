@@ -382,7 +382,7 @@ def load_celeba(data_dir: Path) -> tuple[Images, Images, Images]:
     official, size = CELEBA_FILES[archive][:2]
     if len(x) != official or source is not None and source.is_file() and source.stat().st_size != size:
         warn_of_partial("celeba", [f"{len(x)} of {official} images"])
-    part_of = read_list(partition, numbers, lambda text: int(text) if text in ("0", "1", "2") else None)[1]
+    official_part = read_list(partition, numbers, lambda text: int(text) if text in ("0", "1", "2") else None)[1]
     names, y = (), None
     if attributes is not None:
         # "-1" becomes "0", and without its blanks a row is one digit an attribute.
@@ -392,7 +392,7 @@ def load_celeba(data_dir: Path) -> tuple[Images, Images, Images]:
         y = (np.frombuffer("".join(y).encode(), np.uint8) - 48).reshape(len(x), len(names))
     parts = []
     for number, part in enumerate(("train", "validation", "test")):
-        rows = np.flatnonzero(np.array(part_of) == number)
+        rows = np.flatnonzero(np.array(official_part) == number)
         if not len(rows) and part != "validation":
             raise InputError(f"{source or kept}: no image of the official {part} part; add more of the images")
         if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
@@ -571,12 +571,12 @@ def load_folder(folder: Path, image_size: int | None) -> tuple[Images, Images]:
         shape, wanted = (image_size, image_size), None
         crop = lambda size: central_part(size, shape)  # noqa: E731
 
-    def read(path: Path) -> np.ndarray:
-        if path.stat().st_size > MOST_BYTES:
+    def read(row: int) -> np.ndarray:
+        if paths[row].stat().st_size > MOST_BYTES:
             raise ValueError(f"a file of more than {MOST_BYTES} bytes")
-        return read_picture(path, crop, shape, wanted)
+        return read_picture(paths[row], crop, shape, wanted)
 
-    x, rows = read_pictures(str(folder), [str(path) for path in paths], lambda row: read(paths[row]), shape)
+    x, rows = read_pictures(str(folder), [str(path) for path in paths], read, shape)
     if all((x[at : at + 1000] == x[at : at + 1000, :1]).all() for at in range(0, len(x), 1000)):
         x = np.ascontiguousarray(x[:, :1])
     names, y = (), None

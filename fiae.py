@@ -143,7 +143,8 @@ class FIAE(nn.Module):
         """(z, x_hat, seen, z_hat) of Figure 7, one row for each row of x, whose values are not looked at.
 
         z ~ p(z) and x_hat ~ p(x|z), so (x_hat, z) ~ p(x, z); z_hat ~ q(z|x_hat), so (x_hat, z_hat) ~ s(x, z) (Eq. 11).
-        seen (batch, *shape), what recognition network and D(x, z) see, is x_hat in the paper, here `corrupted`.
+        seen (batch, *shape), what D(x, z) sees, and the recognition network too (there it is `dreamt`), is x_hat in the
+        paper, here `corrupted`.
         """
         z = self.sample_codes(*x.shape[:x.dim() - len(self.shape)])
         x_hat = self.decode(z)
@@ -155,11 +156,11 @@ class FIAE(nn.Module):
         return self.encode(x)
 
     def corrupted(self, x_hat: Tensor) -> Tensor:
-        """x_hat rippled, then in noise: what recognition network and D(x, z) see in training."""
+        """x_hat rippled, then in noise: what D(x, z) sees in training."""
         return noisy(ripple(x_hat, self.elastic) if self.elastic else x_hat, self.image_noise)
 
     def dreamt(self, seen: Tensor) -> Tensor:
-        """What the recognition network alone sees in training: deformed where there is an agreement_weight."""
+        """What the recognition network sees in training: that deformed, where there is an agreement_weight."""
         return deform(seen) if self.agreement_weight else seen
 
     def discriminator_losses(self, x: Tensor, z: Tensor, x_hat: Tensor, seen: Tensor, z_hat: Tensor | None, *,

@@ -29,9 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Appendix D.2: the convolutions of encoder and discriminator (the decoder mirrors them), kernel size and fully
-# connected width. "SAME" padding at stride 2 is (kernel - 2) / 2 on each side, for both directions. BatchNorm stands
-# before the ReLU, not after it, and CelebA's discriminator is our guess (README, departures 1 and 6).
+# Appendix D.2: the convolutions of encoder and discriminator (the decoder mirrors them), their kernel size, and the
+# fully connected width of decoder and discriminator; MNIST's encoder has no convolutions (`Encoder`). "SAME" padding at
+# stride 2 is (kernel - 2) / 2 on each side, for both directions. BatchNorm stands before the ReLU, not after it, and
+# CelebA's discriminator is our guess (README, departures 1 and 6).
 #            channels of the convolutions, kernel, hidden FC, last nonlinearity, its range
 LAYOUTS = {
     "mnist": dict(channels=(64, 128), kernel=4, hidden=1024, last=nn.Sigmoid, low=0.0, high=1.0),
@@ -427,6 +428,8 @@ class IAE(nn.Module):
         self.shape = tuple(shape)
         self.global_size, self.local_size, self.noise_size, self.prior = global_size, local_size, noise_size, prior
         self.objective, self.penalty, self.positive_gradient = objective, penalty, positive_gradient
+        # z and z_hat share nothing row by row, so "paired" has no meaning in D(z): Eq. 1 takes its place.
+        self.regularization_objective = "gan" if objective == "paired" else objective
         self.reconstruction_weight, self.regularization_weight = reconstruction_weight, regularization_weight
         self.regularization_penalty = penalty if regularization_penalty is None else regularization_penalty
         self.agreement_weight, self.elastic = agreement_weight, elastic
@@ -555,12 +558,11 @@ class IAE(nn.Module):
     def regularization_discriminator_loss(self, z_hat: Tensor, penalty_scale: float = 1.0) -> Tensor:
         """What D(z) descends: fresh z ~ p(z) are real, z_hat (..., batch, global_size) fake, a constant."""
         real = noisy(self.sample_codes(*z_hat.shape[:-1]), self.code_noise)
-        # z and z_hat share nothing row by row, so "paired" has no meaning here: Eq. 1 takes its place. One pass for
-        # both sides is quicker where layers are large; the toys, whose codes are (seeds, batch, size), keep two
-        # passes, on whose rounding their committed numbers depend.
+        # One pass for both sides is quicker where layers are large; the toys, whose codes are (seeds, batch, size),
+        # keep two passes, on whose rounding their committed numbers depend.
         return discriminate(
             self.regularization_discriminator, real=(real,), fake=(noisy(z_hat, self.code_noise),),
-            objective="gan" if self.objective == "paired" else self.objective,
+            objective=self.regularization_objective,
             penalty=penalty_scale * self.regularization_penalty, together=z_hat.dim() == 2)[0]
 
     def autoencoder_losses(self, x: Tensor, z_hat: Tensor | None, x_hat: Tensor, samples: Tensor | None = None, *,
@@ -589,9 +591,9 @@ class IAE(nn.Module):
             loss = generator_loss(positive, fake, self.objective)
         losses["reconstruction"] = self.reconstruction_weight * loss
         if self.regularization_discriminator is not None:
-            objective = "gan" if self.objective == "paired" else self.objective
             fake = self.regularization_discriminator(noisy(z_hat, self.code_noise))
-            losses["regularization"] = self.regularization_weight * generator_loss(None, fake, objective)
+            loss = generator_loss(None, fake, self.regularization_objective)
+            losses["regularization"] = self.regularization_weight * loss
         if self.decorrelation_weight:
             losses["decorrelation"] = self.decorrelation_weight * decorrelation_loss(z_hat)  # the encoder's
         if self.agreement_weight:

@@ -4,6 +4,7 @@ Images x, x_hat are (batch, channels, height, width) in the network's range; cod
 `evaluate_clusters` collect the numbers of a run, in plain Python, so that they can be written to JSON as they are.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -20,6 +21,14 @@ from data import InputError, brief, save
 from iae import shift, to_range
 
 SIMILAR_DIGITS = ((3, 5, 8), (4, 9))  # Section 2.1.1: "visually similar digits such as {3, 5, 8} or {4, 9}"
+
+
+@contextlib.contextmanager
+def fixed_noise(device: torch.device):
+    """Within it noise begins at seed 0; after it the random state of the CPU and of `device` is what it was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
 
 
 def conv_bn_relu(inputs: int, outputs: int) -> nn.Sequential:
@@ -72,8 +81,7 @@ def fixed_classifier(x: Tensor, y: Tensor, folder: str, epochs: int | None = Non
     epochs = epochs or (min(20, max(3, 200_000 // len(x))) if colour else 8)
     digest = hashlib.sha256(x.cpu().numpy().tobytes() + y.cpu().numpy().tobytes()).hexdigest()[:12]
     path = os.path.join(folder, f"classifier-{digest}-{classes}-{epochs}.pt")
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed(0)
+    with fixed_noise(x.device):
         classifier = Classifier(shape, classes).to(x.device, memory_format=torch.channels_last)
         if os.path.exists(path):
             try:
@@ -83,25 +91,23 @@ def fixed_classifier(x: Tensor, y: Tensor, folder: str, epochs: int | None = Non
             return classifier.eval()
         print(f"training the fixed classifier that judges reconstructions ({epochs} epochs, once) ...", file=sys.stderr)
         batch = max(1, min(128, len(x) // 4))
-        steps = epochs * (len(x) // batch)
+        batches = len(x) // batch  # an epoch; what remains is left out
         optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
-        for step in range(steps):
-            if step % (len(x) // batch) == 0:
-                order = torch.randperm(len(x)).to(x.device)
-            rows = order[step % (len(x) // batch) * batch:][:batch]
-            optimizer.zero_grad()
-            images = to_range(x[rows], shape)
-            if colour:
-                images = shift(images, min(2, shape[1] // 16))
-                images = images + 0.3 * torch.rand(len(images), 1, 1, 1, device=x.device) * torch.randn_like(images)
-            logits = classifier(images)
-            if y.dim() == 1:
-                F.cross_entropy(logits, y[rows].long()).backward()
-            else:
-                F.binary_cross_entropy_with_logits(logits, y[rows].float()).backward()
-            optimizer.step()
-            schedule.step()
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=epochs * batches)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(x)).to(x.device).split(batch)[:batches]:
+                optimizer.zero_grad()
+                images = to_range(x[rows], shape)
+                if colour:
+                    images = shift(images, min(2, shape[1] // 16))
+                    images += 0.3 * torch.rand(len(images), 1, 1, 1, device=x.device) * torch.randn_like(images)
+                logits = classifier(images)
+                if y.dim() == 1:
+                    F.cross_entropy(logits, y[rows].long()).backward()
+                else:
+                    F.binary_cross_entropy_with_logits(logits, y[rows].float()).backward()
+                optimizer.step()
+                schedule.step()
     content = io.BytesIO()
     torch.save(classifier.state_dict(), content)
     try:
@@ -277,8 +283,8 @@ def draw(model: nn.Module, x: Tensor, draws: int = 1) -> tuple[Tensor | None, Te
     codes, images = [], []
     for part in x.split(500):
         z = model.encode(to_range(part, model.shape))
-        n = torch.randn(draws, len(part), model.local_size, device=x.device) if model.local_size else [None] * draws
-        images.append(torch.stack([model.decode(z, n[i]) for i in range(draws)]))
+        n = torch.randn(draws, len(part), model.local_size, device=x.device)  # of no columns where there is no n
+        images.append(torch.stack([model.decode(z, row) for row in n]))
         codes.append(z)
     return None if codes[0] is None else torch.cat(codes), torch.cat(images, 1)
 
@@ -427,16 +433,14 @@ def evaluate_clusters(model: nn.Module, train: tuple, test: tuple, classifier: C
     error_on_generated: how often the inferred cluster of g(z, n) is not z (Section 3's worry about dreams).
     """
     clusters, device, numbers = model.global_size, train[0].device, {}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with fixed_noise(device):
         rows = torch.randperm(len(train[0]))[:10000].to(device)
-        z = F.one_hot(torch.arange(clusters, device=device), clusters).float()
-        n = torch.randn(200, model.local_size, device=device) if model.local_size else None
-        columns = torch.stack([model.decode(z, None if n is None else row.expand(clusters, -1))
-                               for row in (n if n is not None else torch.zeros(2, 0))])  # (rows, clusters, *shape)
+        z = torch.eye(clusters, device=device)
+        n = torch.randn(200 if model.local_size else 2, model.local_size, device=device)
+        columns = torch.stack([model.decode(z, row.expand(clusters, -1)) for row in n])  # (rows, clusters, *shape)
         own, meant = model.logits(columns.flatten(0, 1)).argmax(1), z.argmax(1).repeat(len(columns))
         numbers["error_on_generated"] = (own != meant).double().mean().item()
-        if model.shape == (1, 28, 28) and n is not None:
+        if model.shape == (1, 28, 28) and model.local_size:
             styles = style(columns.flatten(0, 1)).unflatten(0, columns.shape[:2])
             shuffled = torch.stack([column[torch.randperm(len(column))] for column in styles.unbind(1)], 1)
             for suffix, those in (("", styles), ("_shuffled", shuffled)):
@@ -455,7 +459,7 @@ def evaluate_clusters(model: nn.Module, train: tuple, test: tuple, classifier: C
             numbers |= vote_calibration(found[0], name[found[0].argmax(1)] == y_test)
         if classifier is not None:
             kind = torch.stack([classifier(column).argmax(1) for column in columns.unbind(1)])  # (clusters, rows)
-            numbers["purity"] = torch.stack([(k == k.mode().values).double().mean() for k in kind]).mean().item()
+            numbers["purity"] = (kind == kind.mode(1, keepdim=True).values).double().mean(1).mean().item()
     return numbers
 
 
@@ -467,8 +471,7 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
     fixed seed, and the random state of the CPU and of the images' device is left as it was.
     """
     shape, device, names = model.shape, train[0].device, getattr(test, "names", ())
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with fixed_noise(device):
         x_train, x_test = train[0][torch.randperm(len(train[0]))[:count].to(device)], test[0][:count]
         x = to_range(x_test, shape)
         z, x_hat = draw(model, x_test)
@@ -477,13 +480,11 @@ def evaluate(model: nn.Module, train: tuple, test: tuple, classifier: Classifier
         if z is not None:
             numbers["reconstruction_mse"] = (x_hat[0] - x).square().mean().item()
             numbers["contrast"] = (x_hat[0].std() / x.std().clamp(min=1e-6)).item()
-            diverse = x_test[:1000]
-            numbers["local_diversity"] = local_diversity(draw(model, diverse, draws=10)[1], to_range(diverse, shape))
+            numbers["local_diversity"] = local_diversity(draw_local(model, x_test[:1000]), x[:1000])
             prior = model.sample_codes(len(z))
             numbers.update({f"code_{name}": value for name, value in mmd_test(z, prior).items()})
         if shape[0] == 3 and model.local_size:
-            some = x_test[:1000]
-            draws, data = draw_local(model, some), to_range(some, shape)
+            draws, data = draw_local(model, x_test[:1000]), x[:1000]
             plain = [images - images.mean((-2, -1), keepdim=True) for images in (draws, data)]
             numbers["outer_over_middle"] = outer_over_middle(variance_map(draws, data))
             numbers["outer_over_middle_without_colour"] = outer_over_middle(variance_map(*plain))

@@ -12,7 +12,6 @@ for all seeds of a command, so a run repeats by its whole command.
 """
 
 import argparse
-import json
 import math
 import os
 import shlex
@@ -33,7 +32,7 @@ from data import InputError
 from fiae import FIAE, InfoGAN
 from iae import IAE
 from metrics import mmd_test, normalized_mutual_information
-from train import host_facts, write, write_json
+from train import host_facts, write_figure, write_json
 
 
 # ---------------------------------------------------------------------------------------------- data, networks, recipe
@@ -107,9 +106,9 @@ class MLP(nn.Module):
     Takes its input in parts, any of them None, as iae.py's networks are called: f(x, eps), g(z, n), D(x, z), D(z).
     He's initialization, drawn from one torch.Generator a seed, but for the last layer, of half that variance, and the
     first: its weights and biases are N(0, 1), so that its kinks lie all over the data, not all in the origin. A softmax
-    comes after a BatchNorm of fixed scale, "FC Linear. BN" of Appendix D.2: it keeps every code in use and none out of
-    reach of gradients. slope is that of the ReLUs below 0: not 0 where a discriminator's units must survive a large
-    rate.
+    comes after a BatchNorm, "FC Linear. BN" of Appendix D.2, of scale 3 or what `train` sets: it keeps every code in
+    use and none out of reach of gradients. slope is that of the ReLUs below 0: not 0 where a discriminator's units must
+    survive a large rate.
     """
 
     def __init__(self, generators: list[torch.Generator], inputs: int, outputs: int, width: int, depth: int = 2,
@@ -188,8 +187,8 @@ def train(kind: str, model: IAE | FIAE, data: str, recipe: dict, options: argpar
     deviation, seeds, batch = DATA[data][1], len(options.seeds), options.batch or BATCHES[data]
     plan = SCHEDULES[data]
     start, end = options.penalty or recipe["penalty"] or (plan["first"], plan["last"] * deviation**2)
-    groups = {name: {"params": list(network.parameters()), "name": name} for name, network in model.named_children()}
-    critics, players = ([group for name, group in groups.items() if ("discriminator" in name) == which]
+    groups = [{"params": list(network.parameters()), "name": name} for name, network in model.named_children()]
+    critics, players = ([group for group in groups if ("discriminator" in group["name"]) == which]
                         for which in (True, False))
     optimizers = [torch.optim.Adam(networks, betas=(0.0 if recipe["decay"] else 0.5, 0.99), fused=True)
                   for networks in (critics, players)]
@@ -392,7 +391,8 @@ def run_four_points(kinds: tuple[str, ...], recipe: dict, options: argparse.Name
     agreement    share of z ~ q(z|x_i) that the generator maps nearest to x_i: mass of q in its own true region
     overlap      of the four q(z|x_i), and true_overlap of the four p(z|x_i), which is 0 but for the histogram
     mmd, mmd_floor, mmd_p                  `mmd_test` of q(z), with x from the data, against p(z), `count` samples each
-    posterior_mmd, _floor, _p              the same of q(z|x_i) against p(z|x_i) by rejection: mean over the four points
+    posterior_mmd, _floor, _p              the same of q(z|x_i) against p(z|x_i) by rejection, of 2,500 samples at most:
+                                           mean over the four points, nan where one of them has 100 or fewer
     alignment    of the true posterior's borders
     """
     (points, deviation), seeds = DATA["four-points"], options.seeds
@@ -465,8 +465,7 @@ def panel(axes, title: str, below: str, points: Tensor, colour, limit: float, si
 def save(figure, folder: Path, name: str) -> None:
     """Write a figure as folder/name (PNG) and close it."""
     path = folder / name
-    write(str(path), lambda part: figure.savefig(part, format="png", bbox_inches="tight"))
-    plt.close(figure)
+    write_figure(figure, str(path), bbox_inches="tight")
     print(f"  saved {path}")
 
 
@@ -682,7 +681,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="gamma of the penalty at first and at last, in place of the recipe's")
     parser.add_argument("--info-weight", type=positive(float), default=INFO_WEIGHT,
                         help="weight of InfoGAN's reconstruction cost beside its GAN "
-                        f"(default {INFO_WEIGHT}; with 1 it smuggles the code through x)")
+                        f"(default {INFO_WEIGHT}; with 1 it leaves the points to write the code into x)")
     parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder of the JSON (default runs/toy)")
     parser.add_argument("--figures", type=Path, help="folder of the figures (default: that of --out)")
     options = parser.parse_args(arguments)

@@ -24,6 +24,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
 
 try:
     import fcntl
@@ -44,11 +45,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from data import InputError, batch_indices, brief, fingerprints, load_dataset, load_picture
 from fiae import FIAE, InfoGAN
 from iae import IAE, layout_of, noisy, shift, to_range, to_uint8
-from metrics import (assignments, draw, draw_local, evaluate, evaluate_clusters, fixed_classifier,
+from metrics import (assignments, draw, draw_local, evaluate, evaluate_clusters, fixed_classifier, fixed_noise,
                      variance_map)
 
 # Each recipe holds what the paper leaves open. "paper": the original GAN losses (Eq. 1), BatchNorm in the
-# discriminators as in Appendix D.2, InfoGAN's optimizer settings. "stable": what measures better (README, "Recipes").
+# discriminators as in Appendix D.2 (before the ReLU: README, departure 1), InfoGAN's optimizer settings. "stable": what
+# measures better (README, "Recipes").
 RECIPES = {
     "paper": dict(
         objective="gan",  # Eq. 1, non-saturating
@@ -173,9 +175,7 @@ class Run:
         # The average of the weights over steps is what is evaluated, drawn and loaded for use.
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         drop_discriminators(self.averaged)
-        names = dict(self.model.named_parameters())
-        self.discriminators = [p for name, p in names.items() if "discriminator" in name]
-        self.autoencoder = [p for name, p in names.items() if "discriminator" not in name]
+        self.autoencoder = [p for name, p in self.model.named_parameters() if "discriminator" not in name]
         flipped = isinstance(self.model, FIAE)
         networks = (self.model.recognition if flipped else self.model.encoder,
                     self.model.generator if flipped else self.model.decoder,
@@ -348,9 +348,9 @@ class Captured:
 
 
 def refresh_average(run: Run, x: torch.Tensor) -> IAE | FIAE:
-    """The averaged model, ready for use: its BatchNorm statistics are measured anew on uint8 images x of the data."""
-    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
-        torch.manual_seed(0)
+    """The averaged model, ready for use: its BatchNorm statistics are measured anew, on uint8 images x of the data, in
+    the FIAE and InfoGAN on as many dreams; in cases 1 and 3 the prior is fitted to the codes of x."""
+    with fixed_noise(run.device):
         parts = x[:4000].tensor_split(math.ceil(len(x[:4000]) / 500))  # of equal sizes: each weighs the same
         update_bn((to_range(part, run.averaged.shape) for part in parts), run.averaged)
         run.averaged.eval()
@@ -411,16 +411,16 @@ def train(run: Run, data: dict, folder: str, stop: Stop) -> bool:
             print(line[:columns].ljust(columns) if over else line.ljust(columns * terminal),
                   end="\r" if over else "\n", file=sys.stderr, flush=True)
             printed = time.monotonic()
-        draw = last or run.step in (100, 200, 400) or run.step % 1000 == 0
-        save = last or time.monotonic() - saved > pause
-        if draw or save:
+        drawing = last or run.step in (100, 200, 400) or run.step % 1000 == 0
+        saving = last or time.monotonic() - saved > pause
+        if drawing or saving:
             began, model = time.monotonic(), refresh_average(run, x_train)
-            if save:  # before the pictures, which whoever stops a run may not wait for
+            if saving:  # before the pictures, which whoever stops a run may not wait for
                 save_checkpoint(run, folder)
                 saved = time.monotonic()
                 # Saving is to take a tenth of the time, but what a kill costs stays bounded.
                 pause = max(SAVE_SECONDS, min(10 * (saved - began), 5 * SAVE_SECONDS))
-            if draw:
+            if drawing:
                 warn_of_collapse(run, model, held.x)
                 draw_figures(model, held.x, held.y, folder)
                 draw_curves(folder)
@@ -495,8 +495,7 @@ def warn_of_collapse(run: Run, model: IAE | FIAE, x: torch.Tensor) -> None:
     """Notices, on uint8 images x, a cluster that holds nearly all of them, or a code that the images do not follow."""
     if not model.global_size or run.step < JUDGED_STEPS:
         return
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed(0)
+    with fixed_noise(x.device):
         x = to_range(x[:500], model.shape)
         z = model.encode(x)[torch.randperm(len(x)).to(x.device)]
         share = torch.bincount(z.argmax(1)).max().item() / len(z)
@@ -504,7 +503,7 @@ def warn_of_collapse(run: Run, model: IAE | FIAE, x: torch.Tensor) -> None:
             warn(run, "cluster", f"one of {model.global_size} clusters holds {share:.0%} of the images; try a higher "
                                  "--regularization-weight, a lower first of --rates, or another --seed")
             return
-        n = torch.randn(len(x), model.local_size, device=x.device) if model.local_size else None
+        n = torch.randn(len(x), model.local_size, device=x.device)
         moved = (model.decode(z, n) - model.decode(z.roll(1, 0), n)).square().mean()
     # Independent images would differ by twice their variance.
     if moved < 0.01 * 2 * x.var(0).mean():
@@ -556,12 +555,13 @@ def write(path: str, save) -> None:
 
 def write_json(path: str, content: dict) -> None:
     """`content` as an indented JSON file, whole or not at all."""
-    def save(part):
-        with open(part, "w") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
+    write(path, lambda part: Path(part).write_text(json.dumps(content, indent=1) + "\n"))
 
-    write(path, save)
+
+def write_figure(figure, path: str, **options) -> None:
+    """`figure` as a PNG, whole or not at all; it is closed. options: of `savefig`."""
+    write(path, lambda part: figure.savefig(part, format="png", **options))
+    plt.close(figure)
 
 
 def checkpoint_file(path: str) -> str:
@@ -621,12 +621,12 @@ def checked_settings(settings: dict) -> dict:
              "init": ""}
     for name in NO_SETTINGS:
         del kinds[name]
+    since = {**defaults, "data": {}, "image_noise": 0.0, "code_penalty": 0.0, "paired_regularization": False,
+             "information_weight": 0.0, "elastic": 0.0, "decorrelation_weight": 0.0, "sample_weight": 0.0,
+             "sample_rate": 1e-3, "penalty_every": 1}
     found = {}
     for name, kind in kinds.items():
-        since = {"data": {}, "image_noise": 0.0, "code_penalty": 0.0, "paired_regularization": False,
-                 "information_weight": 0.0, "elastic": 0.0, "decorrelation_weight": 0.0, "sample_weight": 0.0,
-                 "sample_rate": 1e-3, "penalty_every": 1}
-        value = found[name] = settings.get(name, {**defaults, **since}.get(name))
+        value = found[name] = settings.get(name, since.get(name))
         if value is None and name in ("out", "image_size", "init"):
             continue
         if type(value) is not type(kind) and not (type(value) is int and type(kind) is float):
@@ -766,8 +766,7 @@ def draw_figures(model: IAE, x: torch.Tensor, y: torch.Tensor | None, folder: st
     reconstructions.png is in the manner of Figure 2: originals in the first row, below them x_hat for five draws of n
     (one where there is no n), the same n along a row; with labels y two images of each class.
     """
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed(0)
+    with fixed_noise(x.device):
         if y is not None and y.dim() == 1:
             kinds = y.unique()[:10]
             chosen = torch.cat([(y == kind).nonzero()[:2, 0] for kind in kinds])
@@ -776,13 +775,13 @@ def draw_figures(model: IAE, x: torch.Tensor, y: torch.Tensor | None, folder: st
         originals = to_range(x[chosen], model.shape)
         if model.global_size:
             z, n = model.encode(originals), torch.randn(5 if model.local_size else 1, model.local_size, device=x.device)
-            rows = [model.decode(z, row.expand(len(z), -1) if model.local_size else None) for row in n]
+            rows = [model.decode(z, row.expand(len(z), -1)) for row in n]
             sheet(torch.cat([originals, *rows]), len(chosen), os.path.join(folder, "reconstructions.png"))
         sheet(model.sample(200), 20, os.path.join(folder, "samples.png"))
         if model.prior == "categorical":  # Figure 6: a column a cluster, a row one n
             z = torch.eye(model.global_size, device=x.device)
             n = torch.randn(10, model.local_size, device=x.device)
-            rows = [model.decode(z, row.expand(len(z), -1) if model.local_size else None) for row in n]
+            rows = [model.decode(z, row.expand(len(z), -1)) for row in n]
             sheet(torch.cat(rows), len(z), os.path.join(folder, "clusters.png"))
 
 
@@ -790,15 +789,14 @@ def draw_figures(model: IAE, x: torch.Tensor, y: torch.Tensor | None, folder: st
 def draw_codes(model: IAE | FIAE, x: torch.Tensor, folder: str) -> None:
     """Of uint8 test images x: interpolation.png, eight pairs, between each pair's originals its codes in even steps
     with one n; and with local noise swap.png, the global code of the row's image with the local code of the column."""
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed(0)
+    with fixed_noise(x.device):
         some = to_range(x[:16], model.shape)
         half = len(some) // 2
         z, n = model.encode(some), torch.randn(11, model.local_size, device=x.device)
         steps = torch.linspace(0, 1, 10, device=x.device)[:, None, None]
         between = (1 - steps) * z[:half] + steps * z[half:2 * half]  # (10, half, global)
         between = between.transpose(0, 1).flatten(0, 1)  # (half * 10, global)
-        images = model.decode(between, n[:1].expand(len(between), -1) if model.local_size else None)
+        images = model.decode(between, n[:1].expand(len(between), -1))
         rows = torch.cat([some[:half, None], images.unflatten(0, (half, 10)), some[half:2 * half, None]], 1)
         sheet(rows.flatten(0, 1), 12, os.path.join(folder, "interpolation.png"))
         if model.local_size:
@@ -818,16 +816,14 @@ def draw_map(model: IAE | FIAE, x: torch.Tensor, folder: str) -> None:
         axis.axvline(edge - 0.5, color="white", linewidth=0.8)
     axis.axis("off")
     figure.tight_layout()
-    write(os.path.join(folder, "variance.png"), lambda part: figure.savefig(part, format="png", dpi=100))
-    plt.close(figure)
+    write_figure(figure, os.path.join(folder, "variance.png"), dpi=100)
 
 
 @torch.no_grad()
 def draw_neighbours(model: IAE | FIAE, x: torch.Tensor, classifier, folder: str) -> None:
     """neighbours.png: 20 samples over the three training images (of the first 20,000 of uint8 x) nearest to each by the
     classifier's features."""
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed(0)
+    with fixed_noise(x.device):
         samples = model.sample(20)
         features = torch.cat([classifier.features(to_range(part, model.shape)) for part in x[:20000].split(1000)])
         nearest = torch.cdist(classifier.features(samples), features).topk(min(3, len(x)), largest=False).indices
@@ -854,8 +850,7 @@ def draw_votes(model: FIAE | IAE, x: torch.Tensor, folder: str) -> None:
         axes[top, 0].set_title(title, fontsize=9, loc="left")
         axes[top + 1, 0].set_ylabel("share of draws", fontsize=7)
     figure.tight_layout()
-    write(os.path.join(folder, "votes.png"), lambda part: figure.savefig(part, format="png", dpi=80))
-    plt.close(figure)
+    write_figure(figure, os.path.join(folder, "votes.png"), dpi=80)
 
 
 def draw_curves(folder: str) -> None:
@@ -874,8 +869,7 @@ def draw_curves(folder: str) -> None:
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=7)
     figure.tight_layout()
-    write(os.path.join(folder, "curves.png"), lambda part: figure.savefig(part, format="png", dpi=100))
-    plt.close(figure)
+    write_figure(figure, os.path.join(folder, "curves.png"), dpi=100)
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -1277,12 +1271,7 @@ def resume(args: argparse.Namespace, given: set, first: dict | None = None) -> t
             run.judged = [numbers[name] for numbers in first_lines if name in numbers]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{lines}: not a log of train.py ({brief(error)}); mend or remove it") from None
-
-        def save(part):
-            with open(part, "w") as file:
-                file.writelines(kept)
-
-        write(lines, save)
+        write(lines, lambda part: Path(part).write_text("".join(kept)))
     run.lock, run.host = held, host_facts(run.device)
     if run.step < settings["steps"]:  # where nothing is left to train, config.json keeps what trained it
         write_json(os.path.join(folder, "config.json"), {**settings, "host": run.host})
