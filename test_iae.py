@@ -111,6 +111,23 @@ def test_shapes_and_ranges(shape, low):
     assert ends.tolist() == pytest.approx([low, 1])
 
 
+def test_bfloat16_leaves_codes_logits_and_losses_in_float32():
+    """Departure 9: only what layers multiply is in bfloat16."""
+    torch.manual_seed(0)
+    model = IAE.for_images(SMALL, 4, 3, penalty=0.1, sample_weight=1.0, decorrelation_weight=1.0)
+    x = torch.rand(8, *SMALL)
+    with torch.autocast("cpu", torch.bfloat16):
+        z_hat, x_hat, samples = outputs = model(x)
+        logits = [model.logits(x), model.reconstruction_discriminator(x, z_hat),
+                  model.regularization_discriminator(z_hat), model.sample_discriminator(samples)]
+        losses, real = model.discriminator_losses(x, *outputs)
+        losses |= model.autoencoder_losses(x, *outputs, real=real)
+        covariances = iae.decorrelation_loss(z_hat)
+    assert {part.dtype for part in (*outputs, *logits, *losses.values(), *real.values())} == {torch.float32}
+    assert (z_hat != z_hat.bfloat16().float()).float().mean() > 0.5  # not rounded on the way, either
+    assert torch.equal(covariances, iae.decorrelation_loss(z_hat))
+
+
 @pytest.mark.parametrize("shape, gradient", [(MNIST, lambda x_hat: x_hat * (1 - x_hat)),
                                              (SVHN, lambda x_hat: 1 - x_hat.square())])
 def test_bright_pixels_pass_their_gradient_on_in_bfloat16(shape, gradient):
@@ -192,11 +209,11 @@ def test_batch_norm_before_a_softmax_caps_the_confidence_and_a_factor_lifts_the_
     logits = F.one_hot(torch.arange(10).repeat(50), 10) * 1e3
     capped = torch.nn.BatchNorm1d(10, affine=False)(logits.float()).softmax(1).max().item()
     assert capped == pytest.approx(math.exp(3) / (math.exp(3) + 9 * math.exp(-1 / 3)), abs=1e-3)  # .757
-    encoder = Encoder(MNIST, 10, prior="categorical")
-    encoder.features, encoder.head = nn.Identity(), nn.Identity()
-    lifted = encoder(logits.float()).max().item()
-    factor = encoder.scale
-    assert lifted == pytest.approx(1 / (1 + 9 * math.exp(-factor * 10 / 3)), abs=1e-3) and lifted > 0.98
+    infogan = InfoGAN.for_images(SMALL, 10, 0, prior="categorical")  # whose network ends before the softmax
+    for encoder in (Encoder(MNIST, 10, prior="categorical"), infogan.recognition):
+        encoder.features, encoder.head = nn.Identity(), nn.Identity()
+        lifted = encoder.logits(logits.float()).softmax(1).max().item()
+        assert lifted == pytest.approx(1 / (1 + 9 * math.exp(-2 * 10 / 3)), abs=1e-3)  # .989
 
 
 def test_deformed_images_are_moved_by_no_more_than_stated_and_keep_their_range():
@@ -427,18 +444,23 @@ class InDouble:
 
 
 @pytest.mark.parametrize("objective", ["gan", "paired", "kl"])
-def test_generator_gradient_equals_finite_differences(objective):
-    """Eq. 10: the gradient of E[T(g(f(x), n), f(x))], through both places that z_hat stands in, D held fixed."""
+@pytest.mark.parametrize("positive_gradient", [False, True])
+def test_generator_gradient_equals_finite_differences(objective, positive_gradient):
+    """Eq. 10: the gradient of E[T(g(f(x), n), f(x))], through both places that z_hat stands in, D held fixed; in
+    footnote 1's variant that of the positive pair (x, f(x)) too, which is pushed towards "fake"."""
     torch.manual_seed(0)
-    model, x, n = small_model(objective=objective), torch.randn(6, 2).double(), torch.randn(6, 2).double()
+    model = small_model(objective=objective, positive_gradient=positive_gradient)
+    x, n = torch.randn(6, 2).double(), torch.randn(6, 2).double()
     view = InDouble(model, x, n)
     constant = model.encoder(x).detach()  # the positive pair's z_hat stays what it was while f and g are moved
 
     def reference():
         z_hat = model.encoder(x)
         fake = model.reconstruction_discriminator(model.decoder(z_hat, n), z_hat)
-        real = model.reconstruction_discriminator(x, constant)
+        real = model.reconstruction_discriminator(x, z_hat if positive_gradient else constant)
         t = {"gan": F.softplus(-fake), "paired": F.softplus(real - fake), "kl": -fake}[objective]
+        if positive_gradient:
+            t = t + {"gan": F.softplus(real), "paired": 0, "kl": real}[objective]
         return t.mean()
 
     view.loss()["reconstruction"].backward()
@@ -637,6 +659,8 @@ def test_mmd_is_unbiased_and_sees_a_shift():
         within = (k(a, a).sum() - 300 + k(b, b).sum() - 300) / (300 * 299)
         direct += (within - 2 * k(a, b).mean()).item() / 3
     assert shifted["mmd"] == pytest.approx(direct, abs=1e-5)
+    with pytest.raises(ValueError):
+        metrics.mmd_test(a, b[:10])
 
 
 def test_local_diversity_confusions_probe_density():
@@ -946,6 +970,7 @@ def test_a_log_that_is_gone_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("options", [("--recipe", "paper"), ("--local", 0, "--no-regularization"), ("--global", 0),
+                                     ("--global", 0, "--penalty", 0.1), ("--global", 1, "--no-regularization"),
                                      ("--local", 0, "--euclidean"), ("--prior", "categorical", "--noise", 2),
                                      ("--prior", "categorical", "--no-regularization"),
                                      ("--noise", 2, "--sample-weight", 1),
@@ -961,6 +986,25 @@ def test_every_case_of_sections_2_and_3_runs_and_goes_on(options, digits, tmp_pa
     run("--from", out, "--sample", 2, "--out", tmp_path / "samples.png")
     run("--resume", out, "--steps", 3)
     assert json.loads((out / "final.json").read_text())["steps"] == 3
+
+
+def test_the_commit_of_the_code_is_named_and_that_it_was_changed(tmp_path, monkeypatch):
+    def git(*arguments):
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    (tmp_path / "train.py").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "one")
+    commit = git("rev-parse", "HEAD")[:12]
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    found = train.commit_of_this_code.__wrapped__  # without its cache
+    assert found() == commit
+    (tmp_path / "train.py").write_text("2")
+    assert found() == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert found() == "unknown"
 
 
 def test_a_finished_run_measured_anew_keeps_who_trained_it(digits, tmp_path, monkeypatch):
@@ -1570,7 +1614,8 @@ def survive(forked, pictures, folder, moments, kills, steps):
 
 
 def test_a_run_that_is_killed_thrice_ends_as_if_nobody_had(forked, pictures, tmp_path):
-    moments = iter([{"write": (3, 0.5)}, {"write": (0, 0.5)}, {"kill": 0.1}])  # of writes 2 is step 20's checkpoint
+    # Of the first run's writes 2 is step 20's checkpoint.
+    moments = iter([{"write": (3, 0.5)}, {"write": (0, 0.5)}, {"write": (1, 0.9)}])
     counts = survive(forked, pictures, tmp_path, moments, kills=3, steps=40)
     assert counts["kills"] == counts["after a save"] == 3 and counts["runs"] == 1
 
@@ -2060,12 +2105,6 @@ def throw(error, *_):
     raise error
 
 
-def test_images_that_no_layout_fits(tmp_path, capsys):
-    np.savez(tmp_path / "odd.npz", x=np.zeros((20, 30, 30), np.uint8))
-    run("--dataset", tmp_path / "odd.npz", "--batch-size", 4, "--out", tmp_path / "run", expect=2)
-    assert "multiples of 8" in capsys.readouterr().err and not (tmp_path / "run").exists()
-
-
 class Bomb:
     def __reduce__(self):
         return (open, (os.environ["BOMB"], "w"))
@@ -2286,7 +2325,7 @@ def drip(handler, body):
 
 def stall(handler, body):
     answer(handler, body[:10], length=len(body))
-    time.sleep(1)
+    time.sleep(5)
 
 
 FAILURES = {
@@ -2308,11 +2347,11 @@ FAILURES = {
 def test_next_mirror_takes_over(tiny_mnist, server, monkeypatch, tmp_path, capsys, failure):
     behaviour, requests = server
     behaviour["bad"], reason = FAILURES[failure]
-    monkeypatch.setattr(data, "SILENT_SECONDS", 0.5)
-    monkeypatch.setattr(data, "DOWNLOAD_SECONDS", 0.3 if failure == "drip" else 60)
+    monkeypatch.setattr(data, "SILENT_SECONDS", 2)
+    monkeypatch.setattr(data, "DOWNLOAD_SECONDS", 2 if failure == "drip" else 60)
     start = time.monotonic()
     check_loaded(data.load_dataset("mnist", tmp_path), tiny_mnist)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 15
     assert [path.split("/")[1] for path in requests] == ["bad"] + ["good"] * 4  # a bad mirror is asked only once
     shown = capsys.readouterr().err
     assert [line for line in shown.splitlines() if "no luck" in line and reason in line], shown
@@ -3004,7 +3043,7 @@ def test_official_files_are_fetched_checked_or_not_kept(tiny_svhn, web, tmp_path
     root, bodies, behaviour, _ = web
     bodies.update(tiny_svhn)
     behaviour["bad"], reason = OFFICIAL_FAILURES[failure]
-    monkeypatch.setattr(data, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(data, "SILENT_SECONDS", 2)
     monkeypatch.setattr(data, "SVHN_MIRRORS", (f"{root}/bad/",))
     message = one_line(data.load_dataset, "svhn", tmp_path)
     assert reason in message and f"by hand from {root}/bad/ and put it in {tmp_path / 'svhn'}" in message
@@ -3576,9 +3615,13 @@ def test_fiae_moves_what_section_3_says(objective):
     for got, wanted in zip(moved_by(losses["reconstruction"], *players), moved_by(by_hand, *players)):
         assert torch.allclose(got, wanted, atol=1e-7) and got.abs().sum() > 0
     model.positive_gradient = True  # the variant moves the generator by the positive pair as well
-    variant = moved_by(model.autoencoder_losses(x, *outputs, real=real)["reconstruction"], *players)
-    assert not torch.allclose(variant[0], moved_by(by_hand, *players)[0])
-    assert torch.allclose(variant[1], moved_by(by_hand, *players)[1], atol=1e-7)
+    positive = joint(x_hat, z)
+    variant = {"gan": F.softplus(-fake) + F.softplus(positive), "paired": F.softplus(positive - fake),
+               "kl": positive - fake}[objective].mean()
+    found = moved_by(model.autoencoder_losses(x, *outputs, real=real)["reconstruction"], *players)
+    for got, wanted in zip(found, moved_by(variant, *players)):
+        assert torch.allclose(got, wanted, atol=1e-7)
+    assert not torch.allclose(found[0], moved_by(by_hand, *players)[0])
 
 
 def test_fiae_does_not_look_at_data():
@@ -3754,7 +3797,12 @@ def test_images(kind, options, shape):
     sum(model.discriminator_losses(x, *outputs)[0].values()).backward()
     sum(model.autoencoder_losses(x, *outputs, real={}).values()).backward()
     assert all(p.grad is not None for p in model.parameters())
-    assert model.reconstruct(x).shape == x.shape and model.sample(2).shape == (2, *shape)
+    assert model.sample(2).shape == (2, *shape)
+    drawn = []
+    for reconstruct in (model.reconstruct, lambda x: model.decode(model.encode(x))):
+        torch.manual_seed(1)
+        drawn.append(reconstruct(x))
+    assert drawn[0].shape == x.shape and torch.equal(*drawn)  # Figure 10
     codes = model.encode(x)
     assert codes.shape == (4, options["global_size"])
     if options.get("prior") == "categorical":
@@ -3837,21 +3885,6 @@ def test_mmd_leaves_the_random_state_of_all_devices_alone(monkeypatch):
     before = torch.get_rng_state()
     metrics.mmd_test(torch.zeros(4, 2), torch.ones(4, 2))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_mmd_against_plain_sums():
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(60, 2, generator=generator), torch.randn(60, 2, generator=generator) + 0.5
-    kernel = lambda u, v: sum((-torch.cdist(u, v).square() / (2 * h * h)).exp() for h in (0.5, 1, 2)) / 3  # noqa: E731
-    off = ~torch.eye(60, dtype=torch.bool)
-    wanted = kernel(a, a)[off].mean() + kernel(b, b)[off].mean() - 2 * kernel(a, b).mean()
-    found = metrics.mmd_test(a, b)
-    assert found["mmd"] == pytest.approx(wanted.item(), abs=1e-5) and found["mmd"] > found["floor"]
-    assert found["p"] < 0.05
-    same = metrics.mmd_test(a, torch.randn(60, 2, generator=generator))
-    assert same["mmd"] < wanted and same["p"] > 0.05
-    with pytest.raises(ValueError):
-        metrics.mmd_test(a, b[:10])
 
 
 def test_normalized_mutual_information():
@@ -4234,20 +4267,6 @@ def test_lazy_penalties_come_in_every_kth_step_with_k_times_their_weight(digits,
     assert seen == [*once, *[(0, 0)] * 2 * len(once), *once]
 
 
-def test_lazy_penalties_have_the_same_mean():
-    """What D(z) descends in k steps of lazy penalties is what it descends in k steps with penalties, weights held."""
-    torch.manual_seed(0)
-    model = IAE.for_images(MNIST, 4, 3, regularization_penalty=0.7)
-    z_hat = torch.randn(32, 4)
-
-    def loss(scale):
-        torch.manual_seed(1)
-        return model.regularization_discriminator_loss(z_hat, scale).item()
-
-    assert loss(1) > loss(0) + 1e-5
-    assert loss(16) + 15 * loss(0) == pytest.approx(16 * loss(1), rel=1e-5)
-
-
 def test_one_pass_of_both_sides_equals_two():
     """`together`, of a discriminator without batch statistics: the same loss, gradients and real logits."""
     critic, told = iae.CodeDiscriminator(3), []
@@ -4335,6 +4354,13 @@ def test_every_setting_reaches_the_model(options, digits, tiny):
     decoder = train.build_model({**settings, "local_scale": 0.0}).get_submodule(
         "generator" if isinstance(model, FIAE) else "decoder")
     assert decoder.fc[0].weight[:, :3].all() and not decoder.fc[0].weight[:, 3:].any()
+    norms = {flag: sum(isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+                       for name, module in train.build_model({**settings, "batch_norm": flag}).named_modules()
+                       if "discriminator" in name) for flag in (False, True)}
+    assert norms[False] == 0 < norms[True]
+    if settings["model"] == "iae":
+        aae = train.build_model({**settings, "euclidean": True})
+        assert aae.reconstruction_discriminator is None and aae.regularization_discriminator is not None
 
 
 @pytest.mark.parametrize("options, changes, conditioning", [
@@ -4858,7 +4884,8 @@ def test_noise_and_deformations_pass_the_gradient_on():
     rippled = FIAE.for_images(SMALL, 3, 2, elastic=0.06)
     for moved in (iae.noisy(x, 0.3), iae.ripple(x, 0.06), iae.deform(x), flipped.corrupted(x), flipped.dreamt(x),
                   rippled.corrupted(x)):
-        assert torch.autograd.grad(moved.sum(), x)[0].sum().item() == pytest.approx(3 * 256, rel=0.3)
+        # Each new pixel is an average of old ones, also at the border, which is continued.
+        assert torch.autograd.grad(moved.sum(), x)[0].sum().item() == pytest.approx(3 * 256, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", [IAE, FIAE])
@@ -5198,7 +5225,8 @@ def test_bf16_is_chosen_where_it_is_fast(monkeypatch):
         assert train.pick_precision("auto", torch.device("cpu")) == wanted
         assert train.pick_precision("auto", torch.device("cuda")) == "bf16"
         for name in ("float32", "bf16"):
-            assert train.pick_precision(name, torch.device("cpu")) == train.pick_precision(name, torch.device("cuda:1"))
+            assert train.pick_precision(name, torch.device("cpu")) == name
+            assert train.pick_precision(name, torch.device("cuda:1")) == name
 
 
 def test_a_resumed_run_asks_for_the_same_images(pictures, tmp_path, tiny, monkeypatch):
