@@ -5356,3 +5356,263 @@ def test_a_graph_is_recorded_without_a_trace_and_reads_its_inputs_from_their_pla
         assert captured(*batch) is captured.losses
     assert same([[x, *few] for x, few in kept[1:]], replayed) and same(kept, batches)
     assert {"reconstruction", "classification"} <= captured.losses.keys()
+
+
+# ------------------------------------------------- the numbers that are published: one hand-made case for each mistake
+
+
+def test_the_mmd_of_more_rows_than_a_chunk_and_its_floor():
+    torch.manual_seed(0)
+    a, b = torch.randn(700, 2), torch.randn(700, 2)
+    kernel = lambda u, v: sum((-torch.cdist(u, v).square() / (2 * h * h)).exp() for h in (0.5, 1, 2)) / 3  # noqa: E731
+    off = ~torch.eye(700, dtype=torch.bool)
+
+    def mmd(u, v):
+        return (kernel(u, u)[off].mean() + kernel(v, v)[off].mean() - 2 * kernel(u, v).mean()).item()
+
+    own, pooled = torch.Generator().manual_seed(0), torch.cat([a, b])
+    orders = [torch.randperm(1400, generator=own) for _ in range(20)]
+    null = [mmd(pooled[order < 700], pooled[order >= 700]) for order in orders]
+    found = metrics.mmd_test(a, b, permutations=20)
+    assert found["mmd"] == pytest.approx(mmd(a, b), abs=1e-5)
+    assert found["floor"] == pytest.approx(np.abs(null).mean(), rel=0.05)
+
+
+def test_mutual_information_is_over_the_geometric_mean_of_the_entropies():
+    a, b = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 2])  # 1 bit, 1.5 bits, of which 1 is shared
+    assert metrics.normalized_mutual_information(a, b) == pytest.approx(1 / 1.5**0.5)
+
+
+def test_clusters_are_of_the_votes():
+    y = torch.tensor([0, 0, 0, 1])
+    votes, logs = F.one_hot(y, 2).float(), torch.tensor([0.49, 0.51]).log().expand(4, 2)
+    found = metrics.clustering((votes, logs), y, (votes, logs), y, 2)
+    assert found["error_majority"] == 0 and found["usage_entropy"] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_a_vote_is_of_all_draws():
+    """Two draws in three choose cluster 0, narrowly; the third is sure of cluster 1."""
+    model, said = Clusters(), itertools.cycle([[0.1, 0, 0], [0.1, 0, 0], [0, 9.0, 0]])
+    model.noise_size, model.logits = 1, lambda x: torch.tensor(next(said)).expand(len(x), 3)
+    x, y = torch.zeros(30, 1, 28, 28, dtype=torch.uint8), torch.zeros(30, dtype=torch.long)
+    found = metrics.evaluate_clusters(model, (x, y), (x, y), None, True, draws=3)
+    assert found["error"] == 0 and found["draws_disagree"] == 1
+
+
+def test_calibration_errors_of_both_signs_add_up():
+    votes, right = torch.tensor([[0.6, 0.4], [1, 0]]).repeat_interleave(50, 0), torch.ones(100)
+    right[50:70] = 0  # unsure and always right; sure, and right in three of five
+    assert metrics.vote_calibration(votes, right)["calibration_error"] == pytest.approx(0.4)
+
+
+def test_slant_and_stroke_width_are_not_mixed_up(monkeypatch):
+    monkeypatch.setattr(metrics, "style_correlation", lambda styles: [0.25, 0.75])
+    x = torch.zeros(9, 1, 28, 28, dtype=torch.uint8)
+    found = metrics.evaluate_clusters(Clusters(), (x, None), (x, None), None, False)
+    assert found["slant_correlation"] == 0.25 and found["stroke_width_correlation"] == 0.75
+
+
+def test_neighbours_of_prior_and_test_codes():
+    class Between:  # every prior code lies half way between five training codes of either class
+        sample_codes = staticmethod(lambda count: torch.zeros(count, 2))
+        decode = staticmethod(lambda z: z)
+
+    z, y = torch.tensor([[-1.0, 0], [1, 0]]).repeat(10, 1), torch.arange(2).repeat(10)
+    found = metrics.borders(Between(), z, torch.cat([z, z[:10] / 1000]), torch.cat([y, y[:10]]), lambda x: x)
+    assert found["neighbours_agree_test"] == 1 and found["neighbours_agree_prior"] == 0.5
+
+
+def test_an_attribute_is_kept_where_x_hat_has_the_label():
+    judge = nn.Module()
+    judge.last = nn.Identity()
+    y, plus = torch.ones(4, 1), torch.ones(4, 1)
+    found, = metrics.attributes_kept(judge, y, -plus, plus, plus, ("a",))  # the judge misses it in the data
+    assert found["on_data"] == 0 and found["kept"] == 1
+
+
+def test_density_counts_five_neighbours_over_the_samples():
+    real = torch.arange(12.0)[:, None]  # the fifth neighbour is 3 away, but for the two outermost at either end
+    assert metrics.density_coverage(real, torch.tensor([[5.4]])) == (6 / 5, 6 / 12)
+
+
+def test_local_diversity_is_over_the_variance_of_the_data_in_the_networks_range():
+    model = Plain()
+    model.sample_codes = lambda *size: torch.randn(*size, 2)
+    x = (torch.arange(400) % 2 * 255).byte()[:, None, None, None].expand(-1, 1, 16, 16)
+    found = metrics.evaluate(model, (x, None), (x, None), None)["local_diversity"]
+    assert found == pytest.approx(0.5 / iae.to_range(x, (1, 16, 16)).var(0).mean().item(), rel=0.1)
+
+
+def test_a_broken_picture_takes_no_other_pictures_label_along(tmp_path):
+    for name, shade in (("a", 10), ("b", 200)):
+        (tmp_path / name).mkdir()
+        for i in range(60):
+            Image.new("L", (8, 8), shade).save(tmp_path / name / f"{i:02}.png")
+    (tmp_path / "a" / "07.png").write_bytes(b"")
+    parts = data.load_dataset(str(tmp_path), image_size=8)
+    x, y = (torch.cat([getattr(part, what) for part in parts.values()]) for what in "xy")
+    assert len(x) == 119 and torch.equal(x[:, 0, 0, 0] == 200, y == 1)
+
+
+def test_the_toys_data_are_those_of_the_published_numbers():
+    """The grid in half units; the least distance between modes, and their deviation."""
+    for name, count, between, deviation in (("mixture", 7, 4 * math.sin(math.pi / 7), 0.2), ("grid", 25, 1, 0.025),
+                                            ("ring", 8, 2 * math.sin(math.pi / 8), 0.01), ("four-points", 4, 2, 0.1)):
+        modes, found = toy.DATA[name]
+        assert len(modes) == count and torch.pdist(modes).min() == pytest.approx(between) and found == deviation
+
+
+def test_the_widths_of_modes_and_which_were_found():
+    """Two modes: one as wide as the data but flat, one half as wide; a third has no sample within three deviations."""
+    torch.manual_seed(0)
+    modes, y = torch.tensor([[0.0, 0], [10, 0], [0, 10]]), torch.randn(4000, 2)
+    y = y[y.norm(dim=1) < 3][:3000]
+    x = torch.cat([0.1 * y * torch.tensor([1.0, 0.2]), modes[1] + 0.05 * y, modes[2] + torch.tensor([[0.5, 0]])])
+    code = torch.zeros(len(x), dtype=torch.long)
+    found = toy.mixture_numbers(x[:-1], code[:-1], modes[:2], 0.1)
+    assert found["spread_min"] == pytest.approx(0.5, rel=0.03)
+    assert found["spread_max"] == pytest.approx(0.52**0.5, rel=0.03)
+    assert found["spread_thin"] == pytest.approx(0.2, rel=0.05)
+    assert toy.mixture_numbers(x, code, modes, 0.1)["modes"] == 2
+
+
+def test_a_toys_true_posterior_against_a_closed_form():
+    """p(x|z) = N(z, .5^2), p(z) = N(0, 1): the posterior is a Gaussian of variance 1/5 about .8 x."""
+    torch.manual_seed(0)
+    z = torch.randn(200000, 2)
+    kept = toy.true_posterior(z, z, torch.tensor([1.0, -1]), 0.5)
+    assert torch.allclose(kept.mean(0), torch.tensor([0.8, -0.8]), atol=0.02)
+    assert torch.allclose(kept.var(0), torch.tensor(0.2), rtol=0.05)
+
+
+def test_each_number_of_a_toys_seed_is_its_own(monkeypatch):
+    """Of its own samples, codes, data and posteriors: what measures is replaced by sums of what it is handed."""
+    total = lambda *parts: tuple(part.double().sum().item() for part in parts)  # noqa: E731
+    monkeypatch.setattr(toy, "train", lambda *_: [])
+    monkeypatch.setattr(toy, "mixture_numbers", lambda x, code, *_: {"x": total(x), "code": total(code)})
+    monkeypatch.setattr(toy, "clustering_accuracy", lambda code, mode: (total(code), total(mode)))
+    monkeypatch.setattr(toy, "overlap", lambda q: total(q))
+    monkeypatch.setattr(toy, "true_posterior", lambda images, z, *_: z[:1000])
+    monkeypatch.setattr(toy, "mmd_test", lambda a, b, *_: dict(mmd=total(a)[0], floor=total(b)[0], p=0.0))
+    options = toy.parse(["--width", "8", "--seeds", "0", "1", "2"])
+    found = toy.run_mixture("mixture", ("GAN", "IAE"), toy.RECIPES["stable"], options, count=400, local=4)[0]
+    found |= toy.run_four_points(("FIAE",), toy.RECIPES["stable"], options, count=400)[0]
+    for kind, column in found.items():
+        for metric, values in column.items():
+            if metric not in ("mmd_p", "posterior_p", "share_min"):  # which untrained models share
+                assert len(set(map(str, values))) == 3, (kind, metric, values)
+    codes, modes = zip(*found["IAE"]["accuracy"])
+    assert len(set(codes)) == len(set(modes)) == 3
+
+
+def test_the_numbers_of_four_points_by_hand(monkeypatch):
+    """A generator that gives the sign of its code, and a q(z|x) that is the same everywhere."""
+    make = toy.four_points_model
+
+    def model(*arguments, **options):
+        made = make(*arguments, **options)
+        made.generator.network.forward = lambda z: z.sign()
+        made.encode = lambda x: torch.randn(*x.shape)
+        return made
+
+    monkeypatch.setattr(toy, "train", lambda *_: [])
+    monkeypatch.setattr(toy, "four_points_model", model)
+    numbers, _ = toy.run_four_points(("FIAE",), toy.RECIPES["stable"], toy.parse([]), count=4000, permutations=2)
+    found = {name: values[0] for name, values in numbers["FIAE"].items()}
+    assert found["share_min"] == pytest.approx(0.25, abs=0.01) and found["distance"] == 0 == found["true_overlap"]
+    assert found["overlap"] > 0.5 and found["agreement"] == pytest.approx(0.25, abs=0.02)
+    assert abs(found["mmd"]) < 1e-3 and found["posterior_mmd"] > 0.1
+
+
+def test_a_toys_file_holds_mean_deviation_and_each_seed(tmp_path):
+    numbers = {"IAE": {"good": [1.0, 3.0], "mmd": [math.nan, 0.5]}}
+    toy.save_numbers(tmp_path / "x.json", toy.parse(["ring", "--seeds", "3", "4"]), numbers, 1)
+    made = json.loads((tmp_path / "x.json").read_text())
+    assert made["seeds"] == [3, 4] and made["results"]["IAE"] == {
+        "good": {"mean": 2, "deviation": pytest.approx(2**0.5), "per_seed": [1, 3]},
+        "mmd": {"mean": 0.5, "deviation": 0, "per_seed": [None, 0.5]}}
+
+
+def test_a_toys_command_runs_its_recipe_and_the_ablation_each_under_its_name(monkeypatch, tmp_path):
+    asked = []
+
+    def mixture(data, kinds, recipe, options, count, local):
+        asked.append((data, kinds, recipe, count))
+        names = ("good", "modes", "spread_min", "spread_max", "nmi", "accuracy")
+        return {kind: {name: [1.0 * len(asked)] for name in names} for kind in ("data", *kinds)}, {}
+
+    def points(kinds, recipe, options, count=10000, permutations=100):
+        asked.append((kinds, recipe, options.info_weight, count))
+        names = ("distance", "share_min", "agreement", "mmd", "overlap", "posterior_mmd")
+        return {kind: {name: [1.0 * len(asked)] for name in names} for kind in kinds}, {}
+
+    monkeypatch.setattr(toy, "run_mixture", mixture)
+    monkeypatch.setattr(toy, "run_four_points", points)
+    monkeypatch.setattr(toy, "mixture_figure", lambda *_: None)
+    monkeypatch.setattr(toy, "four_points_figure", lambda *_: None)
+    toy.main(["mixture", "four-points", "standards", "--recipe", "kl", "--out", str(tmp_path)])
+    kl, recipes = toy.RECIPES["kl"], list(toy.RECIPES.values())
+    assert asked == [("mixture", ("GAN", "IAE"), kl, 10000), (("InfoGAN", "FIAE"), kl, 0.01, 10000),
+                     ("ring", ("IAE",), kl, 2500), ("grid", ("IAE",), kl, 2500)]
+    del asked[:]
+    toy.main(["ablation", "--out", str(tmp_path)])
+    ends = 2 * len(recipes)
+    assert [call[2] for call in asked[:ends:2]] == [call[1] for call in asked[1:ends:2]] == recipes
+    assert [call[:3] for call in asked[ends:]] == [(("InfoGAN",), toy.RECIPES["stable"], 0.01),
+                                                   (("InfoGAN",), toy.RECIPES["stable"], 1)]
+    made = json.loads((tmp_path / "toy_ablation.json").read_text())["results"]
+    names = [f"{kind}, {name}" for name in toy.RECIPES for kind in ("IAE", "FIAE")] + ["InfoGAN, 0.01", "InfoGAN, 1"]
+    assert {name: next(iter(values.values()))["mean"] for name, values in made.items()} == {
+        name: call for call, name in enumerate(names, 1)}
+
+
+def test_a_toys_settings_reach_its_models(monkeypatch):
+    made = []
+    monkeypatch.setattr(toy, "train", lambda kind, model, *_: made.append(model) or [])
+    options = toy.parse(["--width", "8", "--info-weight", "0.25"])
+    toy.run_mixture("ring", ("IAE",), toy.RECIPES["kl"], options, count=50, local=4)
+    toy.run_four_points(("FIAE", "InfoGAN"), toy.RECIPES["kl"], options, count=400, permutations=1)
+    assert [model.objective for model in made] == ["kl"] * 3 and made[2].reconstruction_weight == 0.25
+    assert made[0].decoder.weights[0].shape == (1, 12, 8) and made[1].recognition.weights[0].shape == (1, 6, 8)
+    assert made[0].decoder.weights[0][:, 8:].std() < 0.5  # the ring's weights of n are small at first
+
+
+FALLEN = 0.1 * 0.08 ** (0.25 / 0.35)  # the mixture's gamma at half of training
+EQUAL, SPEEDS = [1e-3] * 4, [4e-3, 1e-3, 1e-2, 4e-3]
+
+
+@pytest.mark.parametrize("name, beta, penalty, rates, last", [
+    ("paper", 0.5, 0, EQUAL, EQUAL), ("penalty", 0.5, 0.1, EQUAL, EQUAL), ("annealed", 0.5, FALLEN, EQUAL, EQUAL),
+    ("decayed", 0, FALLEN, EQUAL, [0] * 4), ("speeds", 0, FALLEN, SPEEDS, [0] * 4)])
+def test_what_a_toys_recipes_below_stable_leave_out(monkeypatch, name, beta, penalty, rates, last):
+    """Momentum, the penalty and the rates at half of training, the rates at its end; codes do not settle."""
+    adams, told = [], []
+
+    class Adam(torch.optim.Adam):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            adams.append(self)
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    model = toy.mixture_model("IAE", [0], 7, 4, 8)
+    losses = model.discriminator_losses
+
+    def spy(*arguments):
+        found = {group["name"]: group["lr"] for adam in adams for group in adam.param_groups}
+        told.append((model.penalty, [found[network] for network in toy.SPEEDS["IAE"]]))
+        assert model.regularization_weight == 1 and model.code_noise == 0
+        return losses(*arguments)
+
+    model.discriminator_losses = spy
+    toy.train("IAE", model, "mixture", toy.RECIPES[name], toy.parse(["--steps", "2", "--batch", "4"]), id)
+    assert {adam.defaults["betas"][0] for adam in adams} == {beta}
+    assert told[0] == (pytest.approx(penalty), pytest.approx(rates)) and told[1][1] == pytest.approx(last)
+
+
+def test_a_toys_penalty_from_the_command_line():
+    model, told = toy.mixture_model("GAN", [0], 7, 4, 8), []
+    losses = model.discriminator_losses
+    model.discriminator_losses = lambda *arguments: told.append(model.penalty) or losses(*arguments)
+    options = toy.parse(["--steps", "20", "--batch", "4", "--penalty", "2", "0.5"])
+    toy.train("GAN", model, "mixture", toy.RECIPES["paper"], options, lambda model: None)
+    assert told[0] == pytest.approx(2) and told[-1] == pytest.approx(0.5)
