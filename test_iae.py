@@ -5443,6 +5443,19 @@ def test_local_diversity_is_over_the_variance_of_the_data_in_the_networks_range(
     assert found == pytest.approx(0.5 / iae.to_range(x, (1, 16, 16)).var(0).mean().item(), rel=0.1)
 
 
+def test_the_map_of_local_variance_is_of_all_channels_together():
+    torch.manual_seed(0)
+    draws = torch.randn(10, 2000, 3, 4, 4) * torch.tensor([1.0, 0, 0])[:, None, None]
+    x = torch.randn(2000, 3, 4, 4) * torch.tensor([2.0, 1, 1])[:, None, None]
+    assert torch.allclose(metrics.variance_map(draws, x), torch.tensor(1 / 6), rtol=0.2)
+
+
+def test_a_plain_gans_draws_differ():
+    x = torch.zeros(4, *SMALL, dtype=torch.uint8)
+    draws = metrics.draw_local(IAE.for_images(SMALL, 0, 3).eval(), x, draws=3)
+    assert draws.shape == (3, 4, *SMALL) and len(draws.flatten(2).unique(dim=0)) == 3
+
+
 def test_a_broken_picture_takes_no_other_pictures_label_along(tmp_path):
     for name, shade in (("a", 10), ("b", 200)):
         (tmp_path / name).mkdir()
