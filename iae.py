@@ -166,7 +166,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """x_hat = g(z, n), Appendix D.2's second column. p(x|z) is implicit: its sample is the output itself.
 
-    z (batch, code_size) and n (batch, local_size), either of them None where its size is 0.
+    z (batch, code_size) and n (batch, local_size), either of them None, or empty, where its size is 0.
     Returns x_hat (batch, *shape) in the network's range. local_scale: what the initial weights of n are multiplied by.
     """
 
