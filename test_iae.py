@@ -4648,9 +4648,10 @@ def test_labels_of_a_folder_count_its_sorted_sub_folders(tmp_path):
     assert all((x == shades[int(y)]).all() for part in parts.values() for x, y in zip(part.x, part.y))
 
 
-@pytest.mark.parametrize("kind, toy_name", [("IAE", "ring"), ("FIAE", "four-points"), ("GAN", "mixture")])
-def test_the_schedules_of_the_toys_are_what_their_tables_say(kind, toy_name, monkeypatch):
-    adams, told = [], []
+@pytest.fixture
+def adams(monkeypatch):
+    """The optimizers made in a test."""
+    adams = []
 
     class Adam(torch.optim.Adam):
         def __init__(self, *arguments, **options):
@@ -4658,6 +4659,12 @@ def test_the_schedules_of_the_toys_are_what_their_tables_say(kind, toy_name, mon
             adams.append(self)
 
     monkeypatch.setattr(torch.optim, "Adam", Adam)
+    return adams
+
+
+@pytest.mark.parametrize("kind, toy_name", [("IAE", "ring"), ("FIAE", "four-points"), ("GAN", "mixture")])
+def test_the_schedules_of_the_toys_are_what_their_tables_say(kind, toy_name, adams):
+    told = []
     options = toy.parse(["--steps", "20", "--batch", "4"])
     model = (toy.four_points_model("FIAE", [0], 0.1, 8, 0.01) if kind == "FIAE" else
              toy.mixture_model(kind, [0], 8, 4, 8))
@@ -5597,16 +5604,9 @@ EQUAL, SPEEDS = [1e-3] * 4, [4e-3, 1e-3, 1e-2, 4e-3]
 @pytest.mark.parametrize("name, beta, penalty, rates, last", [
     ("paper", 0.5, 0, EQUAL, EQUAL), ("penalty", 0.5, 0.1, EQUAL, EQUAL), ("annealed", 0.5, FALLEN, EQUAL, EQUAL),
     ("decayed", 0, FALLEN, EQUAL, [0] * 4), ("speeds", 0, FALLEN, SPEEDS, [0] * 4)])
-def test_what_a_toys_recipes_below_stable_leave_out(monkeypatch, name, beta, penalty, rates, last):
+def test_what_a_toys_recipes_below_stable_leave_out(adams, name, beta, penalty, rates, last):
     """Momentum, the penalty and the rates at half of training, the rates at its end; codes do not settle."""
-    adams, told = [], []
-
-    class Adam(torch.optim.Adam):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            adams.append(self)
-
-    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    told = []
     model = toy.mixture_model("IAE", [0], 7, 4, 8)
     losses = model.discriminator_losses
 

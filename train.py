@@ -1217,8 +1217,8 @@ def refuse_changes(args: argparse.Namespace, given: set, settings: dict) -> None
 
 def refuse_unlike(settings: dict, first: dict | None) -> None:
     """InputError where a run of a sweep differs from its first one in more than the seed and where it is made."""
-    own = {"seed", "label_seed", "labelled_rows", "out", "device", "data_dir", "dataset", "capture"}
-    own.add("epochs")  # which older versions kept
+    own = {"seed", "label_seed", "labelled_rows", "out", "device", "data_dir", "dataset", "capture",
+           "epochs"}  # which older versions kept
     for name in sorted(first.keys() - own if first else ()):
         if settings.get(name) != first[name]:
             raise InputError(f"{settings['out']}: {name} is {settings.get(name)}, but {first[name]} in {first['out']}; "
